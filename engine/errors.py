@@ -6,6 +6,7 @@ DeclaimError
 │   ├── TooLong             the request can never fit; the message says what would
 │   ├── VoiceNotFound
 │   └── ModelNotFound
+├── InvalidConfig           an engine setting is wrong
 ├── EngineError             our fault or the machine's
 │   ├── Overloaded          the waiting queue is full; try again after `retry_after_s`
 │   ├── ModelLoadError      a checkpoint is missing, truncated or does not fit its config
@@ -50,6 +51,10 @@ class VoiceNotFound(InvalidRequest):
 
 class ModelNotFound(RequestError):
     """No model of that name here."""
+
+
+class InvalidConfig(DeclaimError):
+    """A setting of the engine is wrong."""
 
 
 class EngineError(DeclaimError):

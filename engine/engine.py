@@ -1,0 +1,665 @@
+"""The engine: one thread that schedules, runs, commits and delivers; and the doors through which callers reach it.
+
+The only file that knows both the thread and the event loop. Callers put sequences into an inbox and take events from
+a sink; everything between belongs to the engine thread. Whatever ends, ends with an event: audio, or an error.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import hashlib
+import logging
+import queue
+import secrets
+import sys
+import threading
+import time
+import uuid
+from collections import OrderedDict, deque
+from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import Sequence as Items
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from declaim.engine.batch import Batch
+from declaim.engine.blocks import BlockPool
+from declaim.engine.chunks import ChunkPolicy
+from declaim.engine.codec.base import Codec, CodecRecipe, load_codec
+from declaim.engine.config import EngineConfig
+from declaim.engine.errors import (
+    Cancelled,
+    DeclaimError,
+    EngineClosed,
+    EngineError,
+    InvalidRequest,
+    Overloaded,
+    SequenceFailed,
+    VocoderLost,
+    VoiceNotFound,
+)
+from declaim.engine.loader import EMBEDDED_NAME, find_model, load_model
+from declaim.engine.memory import GB, MemoryPlan, available_bytes, plan_memory
+from declaim.engine.models.base import SpeechModel
+from declaim.engine.request import AudioChunk, FinishReason, ResolvedSampling, SpeechRequest, SpeechResult, Voice
+from declaim.engine.runner import Runner
+from declaim.engine.scheduler import Scheduler, SchedulerLimits
+from declaim.engine.sequence import Playback, Prompt, Sequence, SequenceInput
+from declaim.engine.spec import ModelSpec
+from declaim.engine.stream import Event, Finished, RequestStream, Sink
+from declaim.engine.vocoder.base import Vocoder, Wake
+from declaim.engine.vocoder.inline import InlineVocoder
+
+log = logging.getLogger(__name__)
+
+MAX_CACHED_VOICES = 64
+WARM_UP_TEXT = "This is a short test."
+SEED_STRIDE = 0x9E3779B97F4A7C15
+
+VocoderFactory = Callable[[Wake], Vocoder]
+
+
+@dataclass(frozen=True, slots=True)
+class EngineStats:
+    """What the engine holds at one moment, and what it has done so far."""
+
+    running: int
+    waiting: int
+    streams: int
+    blocks_used: int
+    blocks_total: int
+    vocoder_pending: int
+    steps: int
+    frames: int
+    preemptions: int
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class EncodedVoice:
+    """A voice prompt ready to use. codes: int32 [P, Q]."""
+
+    transcript: str
+    codes: NDArray[np.int32]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Ticket:
+    """A checked request on its way into the engine thread."""
+
+    request_id: str
+    prompts: tuple[Prompt, ...]
+    samplings: tuple[ResolvedSampling, ...]
+    paced: bool
+    max_frames: int | None
+    sink: Sink
+
+
+class Engine:
+    """Serves one model. Thread-safe: any number of threads and event loops may call it at once."""
+
+    def __init__(
+        self,
+        model: SpeechModel,
+        config: EngineConfig,
+        *,
+        make_vocoder: VocoderFactory,
+        model_name: str,
+        load_encoder: Callable[[], Codec] | None = None,
+    ) -> None:
+        """Plan memory, allocate it, and start the thread. `config` is resolved.
+
+        load_encoder: loads the codec with what encodes reference audio; None if the family clones no voices.
+        Raises: OutOfMemory, and whatever `make_vocoder` raises.
+        """
+        self.spec: ModelSpec = model.spec
+        self.model_name = model_name
+        self.config = config
+        self.plan: MemoryPlan = _plan(model, config)
+        self._model = model
+        self._load_encoder = load_encoder
+        self._encoder: Codec | None = None
+        self._encoder_lock = threading.Lock()
+        self._voices: dict[str, EncodedVoice] = {}
+        self._encoded: OrderedDict[bytes, EncodedVoice] = OrderedDict()
+        self._policy = ChunkPolicy.from_seconds(
+            model.spec.codec, first_s=config.first_chunk_s, max_s=config.max_chunk_s
+        )
+
+        # shared with callers, under the lock
+        self._lock = threading.Lock()
+        self._has_room = threading.Condition(self._lock)
+        self._inbox: deque[_Ticket | str] = deque()  # a request, or the id of one to cancel
+        self._num_open = 0  # sequences accepted and not yet finished
+        self._open_ids: set[str] = set()
+        self._is_closing = False
+        self._awake = threading.Event()
+
+        # the engine thread's own
+        self._scheduler = Scheduler(
+            BlockPool(self.plan.num_blocks),
+            BlockPool(self.plan.num_cross_blocks),
+            limits=SchedulerLimits(
+                block_size=config.block_size,
+                max_batch=config.max_batch,
+                max_step_positions=config.max_step_positions,
+                max_lead_s=config.max_lead_s,
+            ),
+        )
+        self._runner = Runner(
+            model,
+            num_blocks=self.plan.num_blocks,
+            num_cross_blocks=self.plan.num_cross_blocks,
+            block_size=config.block_size,
+        )
+        self._streams: dict[str, RequestStream] = {}
+        self._owners: dict[int, RequestStream] = {}  # by sequence id
+        self._next_sequence_id = 0
+        self._num_steps = 0
+        self._num_frames = 0
+
+        self._vocoder = make_vocoder(self._awake.set)
+        self._thread = threading.Thread(target=self._loop, name="declaim-engine", daemon=True)
+        self._thread.start()
+
+    @classmethod
+    def from_pretrained(cls, model: str | Path = EMBEDDED_NAME, config: EngineConfig | None = None) -> Engine:
+        """Load a model folder, a hub id, or the embedded voice ("lark").
+
+        Raises: ModelNotFound, ModelLoadError, InvalidConfig, OutOfMemory, EngineError (Ray unreachable).
+        """
+        resolved = (config or EngineConfig()).resolve()
+        if resolved.num_threads is not None:
+            torch.set_num_threads(resolved.num_threads)
+        files = find_model(str(model))
+        loaded, codec, recipe = load_model(files, resolved)
+        encoder_recipe = dataclasses.replace(recipe, dtype="float32")
+        return cls(
+            loaded,
+            resolved,
+            make_vocoder=lambda wake: _make_vocoder(resolved, codec, recipe, wake=wake),
+            model_name=files.name,
+            load_encoder=(
+                (lambda: load_codec(encoder_recipe, with_encoder=True)) if loaded.spec.supports_voice_prompt else None
+            ),
+        )
+
+    # What callers see.
+
+    def generate(self, requests: Items[SpeechRequest], *, progress: bool | None = None) -> list[SpeechResult]:
+        """Speak a list of requests and wait for all; results in the order of the requests.
+
+        However long the list, no more than the engine takes are in it at once. progress: a bar on stderr; None shows
+        one on a terminal. A request that fails in the engine has finish_reason "error"; its neighbours go on.
+        Raises: RequestError, before anything is spoken, if any of the requests is at fault; EngineClosed.
+        """
+        from tqdm import tqdm
+
+        sinks = [_QueueSink() for _ in requests]
+        tickets = [self._check(*pair, paced=False) for pair in zip(requests, sinks, strict=True)]
+        results: list[SpeechResult] = []
+        is_shown = sys.stderr.isatty() if progress is None else progress
+        submitter = threading.Thread(target=self._submit_all, args=(tickets,), daemon=True)
+        submitter.start()
+        try:
+            for ticket, sink in zip(tqdm(tickets, unit="request", disable=not is_shown), sinks, strict=True):
+                results.append(_collect(ticket.request_id, sink, sample_rate_hz=self.spec.codec.sample_rate_hz))
+        finally:
+            self._abandon(*sinks)
+            submitter.join()
+        return results
+
+    def stream(self, request: SpeechRequest) -> Iterator[AudioChunk]:
+        """Speak a request, chunk by chunk as it is made. Closing the iterator cancels the request.
+
+        Raises: RequestError or Overloaded at the first chunk; EngineError or Cancelled where the audio breaks off.
+        """
+        sink = _QueueSink()
+        ticket = self._check(request, sink, paced=True)
+        self._submit(ticket, wait=False)
+        try:
+            while True:
+                event = sink.events.get()
+                if isinstance(event, Finished):
+                    _raise_unless_whole(ticket.request_id, event)
+                    return
+                yield event
+        finally:
+            self._abandon(sink)
+
+    async def astream(self, request: SpeechRequest) -> AsyncIterator[AudioChunk]:
+        """`stream` for an event loop: checking and voice encoding happen in a thread, chunks come without blocking.
+
+        Raises: as `stream`.
+        """
+        sink = _LoopSink(asyncio.get_running_loop())
+        request_id = request.request_id or _new_request_id()
+        request = dataclasses.replace(request, request_id=request_id)
+        try:
+            await asyncio.to_thread(lambda: self._submit(self._check(request, sink, paced=True), wait=False))
+            while True:
+                event = await sink.events.get()
+                if isinstance(event, Finished):
+                    _raise_unless_whole(request_id, event)
+                    return
+                yield event
+        finally:
+            self._abandon(sink)
+
+    def cancel(self, request_id: str) -> None:
+        """End a request; its stream raises Cancelled. No effect if it has ended or never was."""
+        with self._lock:
+            if request_id not in self._open_ids:
+                return
+            self._inbox.append(request_id)
+        self._awake.set()
+
+    def add_voice(self, name: str, voice: Voice) -> None:
+        """Check and encode a voice, and keep it under a name for `SpeechRequest.voice`.
+
+        Raises: InvalidRequest.
+        """
+        self._voices[name] = self._encode_voice(voice)
+
+    def warm_up(self) -> None:
+        """Send one real request through engine and vocoder. Raises: EngineError if it does not come back as audio."""
+        (result,) = self.generate([SpeechRequest(text=WARM_UP_TEXT)], progress=False)
+        if result.error is not None:
+            raise EngineError(f"the warm-up request failed: {result.error}") from result.error
+
+    def stats(self) -> EngineStats:
+        """A snapshot, for metrics and tests."""
+        return EngineStats(
+            running=self._scheduler.num_running,
+            waiting=self._scheduler.num_waiting + len(self._inbox),
+            streams=len(self._streams),
+            blocks_used=self._scheduler.num_blocks_used,
+            blocks_total=self._scheduler.num_blocks,
+            vocoder_pending=self._vocoder.num_pending,
+            steps=self._num_steps,
+            frames=self._num_frames,
+            preemptions=self._scheduler.num_preemptions,
+        )
+
+    def close(self) -> None:
+        """Stop: running requests end with EngineClosed, workers stop, the thread ends. Idempotent."""
+        with self._lock:
+            self._is_closing = True
+            self._has_room.notify_all()
+        self._awake.set()
+        self._thread.join()
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    # On the caller's thread: check, and hand over.
+
+    def _check(self, request: SpeechRequest, sink: Sink, *, paced: bool) -> _Ticket:
+        """Turn a request into prompts that are known to fit. Raises: RequestError."""
+        sampling = request.sampling
+        if sampling.seed is None:
+            sampling = dataclasses.replace(sampling, seed=secrets.randbits(62))
+        resolved = sampling.resolve(self.spec.sampling.defaults)
+        if resolved.guidance_scale != 1.0 and not self.spec.sampling.has_guidance:
+            raise InvalidRequest(
+                f"guidance_scale is {resolved.guidance_scale:g}: this model has no guidance; leave it out",
+                param="guidance_scale",
+            )
+        voice = self._voice_of(request)
+        prompts = tuple(
+            self._model.tokenize(
+                text, voice_text=voice.transcript, voice_codes=voice.codes, sampling=resolved, speed=request.speed
+            )
+            for text in self._model.segments(request.text)
+        )
+        ticket = _Ticket(
+            request_id=request.request_id or _new_request_id(),
+            prompts=prompts,
+            samplings=tuple(
+                dataclasses.replace(resolved, seed=(resolved.seed + i * SEED_STRIDE) % 2**63)
+                for i in range(len(prompts))
+            ),
+            paced=paced,
+            max_frames=(
+                max(1, int(resolved.max_seconds * self.spec.codec.frame_rate_hz + 1e-6))
+                if sampling.max_seconds is not None
+                else None
+            ),
+            sink=sink,
+        )
+        for i in range(len(prompts)):
+            self._scheduler.check_fits(self._sequence(ticket, i, sequence_id=0, playback=Playback(paced), now=0.0))
+        return ticket
+
+    def _submit(self, ticket: _Ticket, *, wait: bool) -> None:
+        """Put a ticket into the inbox. wait: until there is room, rather than refuse.
+
+        Raises: Overloaded, EngineClosed, InvalidRequest if a request of that id is running.
+        """
+        limit = self.config.max_batch + self.config.max_waiting
+        count = len(ticket.prompts)
+        with self._lock:
+            while wait and self._num_open and self._num_open + count > limit and not self._is_closing:
+                self._has_room.wait()
+            if self._is_closing:
+                raise EngineClosed("the engine is closed")
+            if ticket.request_id in self._open_ids:
+                raise InvalidRequest(f"a request {ticket.request_id!r} is running: choose another id", param="request_id")
+            if self._num_open and self._num_open + count > limit:
+                raise Overloaded(
+                    f"{self._num_open} sequences are in the engine and this request brings {count}; the limit is {limit}"
+                    f" (max_batch {self.config.max_batch} + max_waiting {self.config.max_waiting}): try again in a second"
+                )
+            self._num_open += count
+            self._open_ids.add(ticket.request_id)
+            self._inbox.append(ticket)
+        self._awake.set()
+
+    def _submit_all(self, tickets: Items[_Ticket]) -> None:
+        for ticket in tickets:
+            if ticket.sink.is_abandoned:
+                continue
+            try:
+                self._submit(ticket, wait=True)
+            except DeclaimError as error:
+                ticket.sink.deliver(Finished("error", self._no_codes(), error))
+
+    def _abandon(self, *sinks: _QueueSink | _LoopSink) -> None:
+        """Nobody reads these any more: what still runs for them ends with the current step."""
+        for sink in sinks:
+            sink.is_abandoned = True
+        self._awake.set()
+
+    def _voice_of(self, request: SpeechRequest) -> EncodedVoice:
+        voice = request.voice
+        if voice is None or voice in ("default", self.model_name):
+            return EncodedVoice("", self._no_codes())
+        if isinstance(voice, Voice):
+            return self._encode_voice(voice)
+        if voice not in self._voices:
+            known = ", ".join(["default", *sorted(self._voices)])
+            raise VoiceNotFound(f"no voice {voice!r} here: the voices are {known}", param="voice")
+        return self._voices[voice]
+
+    def _encode_voice(self, voice: Voice) -> EncodedVoice:
+        """Encode reference audio, once for the same audio; callers of different voices wait for each other."""
+        from declaim.engine.voices import encode_voice
+
+        if self._load_encoder is None:
+            raise InvalidRequest("this model has one voice and cannot imitate another: leave voice out", param="voice")
+        audio = np.ascontiguousarray(voice.audio)
+        digest = hashlib.sha256(audio.tobytes() + f"{audio.shape}{voice.sample_rate_hz}".encode())
+        key = digest.digest() + voice.transcript.encode("utf-8", "replace")
+        with self._encoder_lock:
+            if key not in self._encoded:
+                if self._encoder is None:
+                    self._encoder = self._load_encoder()
+                self._encoded[key] = EncodedVoice(voice.transcript, encode_voice(self._encoder, voice))
+                while len(self._encoded) > MAX_CACHED_VOICES:
+                    self._encoded.popitem(last=False)
+            self._encoded.move_to_end(key)
+            return self._encoded[key]
+
+    def _no_codes(self) -> NDArray[np.int32]:
+        return np.zeros((0, self.spec.rule.num_codebooks), dtype=np.int32)
+
+    def _sequence(
+        self, ticket: _Ticket, segment: int, *, sequence_id: int, playback: Playback, now: float
+    ) -> Sequence:
+        return Sequence(
+            given=SequenceInput(
+                sequence_id=sequence_id,
+                request_id=ticket.request_id,
+                segment=segment,
+                sampling=ticket.samplings[segment],
+                prompt=ticket.prompts[segment],
+                arrived_at=now,
+            ),
+            rule=self.spec.rule,
+            playback=playback,
+        )
+
+    # On the engine thread.
+
+    def _loop(self) -> None:
+        try:
+            while not self._is_closing:
+                if not self._scheduler.num_running and not self._scheduler.num_waiting:
+                    self._awake.wait()
+                self._awake.clear()
+                self._receive()
+                self._step()
+                self._deliver()
+        finally:
+            with self._lock:
+                self._is_closing = True
+                self._has_room.notify_all()
+            self._end_everything()
+            self._vocoder.close()
+
+    def _receive(self) -> None:
+        """Take in new requests and cancellations."""
+        while self._inbox:
+            message = self._inbox.popleft()
+            if isinstance(message, _Ticket):
+                self._open(message)
+            elif message in self._streams:
+                self._end(self._streams[message], "cancelled")
+
+    def _open(self, ticket: _Ticket) -> None:
+        now = time.monotonic()
+        playback = Playback(ticket.paced)
+        sequences = []
+        for segment in range(len(ticket.prompts)):
+            sequences.append(
+                self._sequence(ticket, segment, sequence_id=self._next_sequence_id, playback=playback, now=now)
+            )
+            self._next_sequence_id += 1
+        stream = RequestStream(
+            ticket.request_id,
+            sequences,
+            playback=playback,
+            sink=ticket.sink,
+            codec=self.spec.codec,
+            policy=self._policy,
+            max_frames=ticket.max_frames,
+        )
+        self._streams[ticket.request_id] = stream
+        self._owners |= {sequence.sequence_id: stream for sequence in sequences}
+        if ticket.sink.is_abandoned:
+            self._end(stream, "cancelled")
+            return
+        for sequence in sequences:
+            self._scheduler.add(sequence)
+
+    def _step(self) -> None:
+        """Schedule, run, commit, and send what is ready to the vocoder."""
+        batch = self._scheduler.schedule(time.monotonic())
+        if not batch.entries:
+            return
+        batch, drawn = self._run(batch)
+        self._scheduler.commit(batch, drawn)
+        self._num_steps += 1
+        self._num_frames += len(drawn)
+        for entry in batch.entries:
+            sequence = entry.sequence
+            if sequence.is_done:
+                self._runner.release(sequence)
+            windows = self._owners[sequence.sequence_id].windows_ready(sequence)
+            if windows:
+                self._vocoder.submit(windows)
+
+    def _run(self, batch: Batch) -> tuple[Batch, dict[int, NDArray[np.int32]]]:
+        """Run a step. If it fails, run its sequences one by one, and end those that fail alone.
+
+        Returns the entries that ran, and what they drew ([Q], by sequence id).
+        """
+        try:
+            for entry in batch.entries:
+                if not self._runner.has_begun(entry.sequence):
+                    self._runner.begin(entry.sequence)
+            drawn = self._runner.run(batch)
+        except Exception as error:  # the step loop's guard: the one place that may catch everything
+            if len(batch.entries) == 1:
+                self._fail(batch.entries[0].sequence, error)
+                return Batch(()), {}
+            log.warning("event=step_failed sequences=%d error=%r: running them one by one", len(batch.entries), error)
+            parts = [self._run(Batch((entry,))) for entry in batch.entries]
+            ran = Batch(tuple(entry for part, _ in parts for entry in part.entries))
+            return ran, {key: codes for _, part in parts for key, codes in part.items()}
+        failed = {key for key, codes in drawn.items() if (codes < 0).any()}
+        for entry in batch.entries:
+            if entry.sequence.sequence_id in failed:
+                self._fail(entry.sequence, SequenceFailed("the model's logits were not finite, or nothing was left to draw"))
+        entries = tuple(entry for entry in batch.entries if entry.sequence.sequence_id not in failed)
+        return Batch(entries), {key: codes for key, codes in drawn.items() if key not in failed}
+
+    def _fail(self, sequence: Sequence, error: Exception) -> None:
+        stream = self._owners.get(sequence.sequence_id)
+        if stream is None:
+            return
+        if not isinstance(error, DeclaimError):
+            log.error("event=sequence_failed request_id=%s", stream.request_id, exc_info=error)
+            wrapped = SequenceFailed(f"the sequence failed inside the engine: {type(error).__name__}: {error}")
+            wrapped.__cause__ = error
+            error = wrapped
+        self._end(stream, "error", error=error)
+
+    def _deliver(self) -> None:
+        """Hand decoded windows to their streams, and what is in order to the callers."""
+        for decoded in self._vocoder.poll():
+            stream = self._owners.get(decoded.sequence_id)
+            if stream is None:
+                continue
+            if decoded.samples is None:
+                error = decoded.error or VocoderLost("the vocoder lost a window and gave no reason")
+                self._end(stream, "error", error=error)
+                continue
+            stream.accept(decoded)
+        now = time.monotonic()
+        for stream in list(self._streams.values()):
+            stream.deliver(now)
+            if stream.finish_reason is not None:
+                self._end(stream, stream.finish_reason)
+            elif stream.sink.is_abandoned:
+                self._end(stream, "cancelled")
+
+    def _end(self, stream: RequestStream, reason: FinishReason, *, error: DeclaimError | None = None) -> None:
+        """Take a request out, free all it holds, and tell its caller."""
+        del self._streams[stream.request_id]
+        for sequence in stream.sequences:
+            del self._owners[sequence.sequence_id]
+            self._scheduler.remove(sequence)
+            self._runner.release(sequence)
+            self._vocoder.cancel(sequence.sequence_id)
+        with self._lock:
+            self._num_open -= len(stream.sequences)
+            self._open_ids.discard(stream.request_id)
+            self._has_room.notify_all()
+        if not self._streams:
+            self._scheduler.check_integrity()
+        stream.sink.deliver(Finished(reason, stream.codes(), error))
+
+    def _end_everything(self) -> None:
+        error = EngineClosed("the engine was closed while the request ran")
+        for stream in list(self._streams.values()):
+            self._end(stream, "error", error=error)
+        while self._inbox:
+            message = self._inbox.popleft()
+            if isinstance(message, _Ticket):
+                message.sink.deliver(Finished("error", self._no_codes(), error))
+
+
+class _QueueSink:
+    """Events for a thread that waits."""
+
+    def __init__(self) -> None:
+        self.events: queue.SimpleQueue[Event] = queue.SimpleQueue()
+        self.is_abandoned = False
+
+    def deliver(self, event: Event) -> None:
+        self.events.put(event)
+
+
+class _LoopSink:
+    """Events for a coroutine. Its loop may be gone by the time an event comes: then nobody waits for it."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self.events: asyncio.Queue[Event] = asyncio.Queue()
+        self.is_abandoned = False
+        self._loop = loop
+
+    def deliver(self, event: Event) -> None:
+        if self.is_abandoned:
+            return
+        try:
+            self._loop.call_soon_threadsafe(self.events.put_nowait, event)
+        except RuntimeError:  # the loop is closed
+            self.is_abandoned = True
+
+
+def _new_request_id() -> str:
+    return f"req_{uuid.uuid4().hex}"
+
+
+def _collect(request_id: str, sink: _QueueSink, *, sample_rate_hz: int) -> SpeechResult:
+    """Wait for a request's last event. Returns the whole."""
+    pieces: list[NDArray[np.float32]] = []
+    while True:
+        event = sink.events.get()
+        if isinstance(event, Finished):
+            break
+        pieces.append(event.audio)
+    return SpeechResult(
+        request_id=request_id,
+        codes=event.codes,
+        audio=np.concatenate(pieces) if pieces else np.zeros(0, dtype=np.float32),
+        sample_rate_hz=sample_rate_hz,
+        finish_reason=event.finish_reason,
+        error=event.error,
+    )
+
+
+def _raise_unless_whole(request_id: str, event: Finished) -> None:
+    if event.error is not None:
+        raise event.error
+    if event.finish_reason == "cancelled":
+        raise Cancelled(f"request {request_id} was cancelled")
+
+
+def _plan(model: SpeechModel, config: EngineConfig) -> MemoryPlan:
+    budget = available_bytes(config.torch_device) if config.memory_gb is None else int(config.memory_gb * GB)
+    plan = plan_memory(
+        model.spec,
+        element_bytes=model.dtype.itemsize,
+        # Weights loaded already are not part of what is still free.
+        weight_bytes=0 if config.memory_gb is None else model.weight_bytes,
+        budget_bytes=budget,
+        block_size=config.block_size,
+        max_batch=config.max_batch,
+    )
+    if config.num_blocks is not None:
+        plan = dataclasses.replace(plan, num_blocks=config.num_blocks)
+    return plan
+
+
+def _make_vocoder(config: EngineConfig, codec: Codec, recipe: CodecRecipe, *, wake: Wake) -> Vocoder:
+    if config.vocoder == "inline":
+        return InlineVocoder(codec, wake=wake)
+    from declaim.engine.vocoder.ray_pool import RayPoolOptions, RayVocoderPool
+
+    fewest, most = config.vocoder_workers
+    options = RayPoolOptions(
+        min_workers=fewest,
+        max_workers=most,
+        cpus_per_worker=config.vocoder_cpus,
+        gpus_per_worker=config.vocoder_gpus,
+        address=config.ray_address,
+    )
+    return RayVocoderPool(recipe, options, wake=wake)

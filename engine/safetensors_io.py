@@ -1,0 +1,116 @@
+"""Reads what a checkpoint folder holds: config.json and *.safetensors.
+
+Owns the errors: whatever is missing, cut short, corrupted or of the wrong shape becomes a ModelLoadError that
+names the file and the remedy. Never knows what the tensors mean, never downloads, never writes.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from declaim.engine.errors import ModelLoadError
+
+_FETCH_AGAIN = "copy or download the checkpoint again"
+
+
+def read_json(path: Path) -> dict[str, object]:
+    """Read a JSON object.
+
+    Raises: ModelLoadError if the file cannot be read or holds anything but one JSON object.
+    """
+    try:
+        value = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise ModelLoadError(f"{path} does not exist: name a folder that holds {path.name}") from None
+    except OSError as error:
+        raise ModelLoadError(f"{path} cannot be read ({error.strerror}): check its permissions") from error
+    except (ValueError, RecursionError) as error:
+        raise ModelLoadError(f"{path} is not valid JSON ({error}): {_FETCH_AGAIN}") from error
+    if not isinstance(value, dict):
+        kind = type(value).__name__
+        raise ModelLoadError(f"{path} holds a JSON {kind}, not an object: {_FETCH_AGAIN}")
+    return value
+
+
+def read_integer(config: Mapping[str, object], key: str, path: Path) -> int:
+    """A positive integer of a config read from `path`.
+
+    Raises: ModelLoadError if the key is missing or its value is anything else.
+    """
+    if key not in config:
+        raise ModelLoadError(f"{path} has no key {key!r}: {_FETCH_AGAIN}")
+    value = config[key]
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ModelLoadError(f"{path}: {key} is {value!r}, it must be a positive integer: {_FETCH_AGAIN}")
+    return value
+
+
+def read_number(config: Mapping[str, object], key: str, path: Path) -> float:
+    """A finite number of a config read from `path`.
+
+    Raises: ModelLoadError if the key is missing or its value is anything else.
+    """
+    if key not in config:
+        raise ModelLoadError(f"{path} has no key {key!r}: {_FETCH_AGAIN}")
+    value = config[key]
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < float("inf"):
+        raise ModelLoadError(f"{path}: {key} is {value!r}, it must be a finite number: {_FETCH_AGAIN}")
+    return float(value)
+
+
+def read_tensors(path: Path, *, skip_prefixes: Sequence[str] = ()) -> dict[str, torch.Tensor]:
+    """Read the tensors of one safetensors file, except those whose name starts with one of `skip_prefixes`.
+
+    Skipped tensors are never read from disk. The rest may be views of the mapped file: never write into them.
+
+    Raises: ModelLoadError if the file is missing, cut short or corrupted.
+    """
+    if not path.is_file():
+        raise ModelLoadError(f"{path} does not exist: name a folder that holds {path.name}")
+    skipped = tuple(skip_prefixes)
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys() if not name.startswith(skipped)}
+    except (SafetensorError, OSError) as error:
+        size = path.stat().st_size
+        raise ModelLoadError(
+            f"{path} ({size} bytes) is cut short or corrupted ({error}): {_FETCH_AGAIN}"
+        ) from error
+
+
+def take_tensor(
+    tensors: dict[str, torch.Tensor], name: str, *, shape: Sequence[int], path: Path
+) -> torch.Tensor:
+    """Remove one tensor from what was read from `path`, after checking its shape.
+
+    Raises: ModelLoadError if it is missing or has another shape.
+    """
+    tensor = tensors.pop(name, None)
+    if tensor is None:
+        raise ModelLoadError(
+            f"{path} has no tensor {name!r}, its config.json asks for it: "
+            f"weights and config.json are of different models; {_FETCH_AGAIN}"
+        )
+    if tensor.shape != torch.Size(shape):
+        raise ModelLoadError(
+            f"{path}: {name} is {list(tensor.shape)}, its config.json asks for {list(shape)}: "
+            f"weights and config.json are of different models; {_FETCH_AGAIN}"
+        )
+    return tensor
+
+
+def refuse_leftovers(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
+    """Refuse a file that holds more than the model has places for: it is another model's.
+
+    Raises: ModelLoadError.
+    """
+    if tensors:
+        raise ModelLoadError(
+            f"{path} holds {len(tensors)} tensors that the model has no place for, {min(tensors)!r} among "
+            f"them: weights and config.json are of different models; {_FETCH_AGAIN}"
+        )

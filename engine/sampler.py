@@ -1,0 +1,199 @@
+"""From logits to drawn codes: interprets a family's ordered list of sampling ops over a whole batch.
+
+Every op works row by row, so a sequence's draw does not depend on its neighbours. Noise is keyed by (seed, row,
+codebook, id). Candidates that are out are at -inf; after a top-k the few that are left are kept in a compact form.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence as Items
+from dataclasses import dataclass
+
+import torch
+
+from declaim.engine.request import ResolvedSampling
+from declaim.engine.spec import (
+    AllowedIds,
+    EosGate,
+    Guidance,
+    MinP,
+    RepetitionPenalty,
+    SamplingSpec,
+    Temperature,
+    TopK,
+    TopP,
+)
+from declaim.kernels.noise import draw_keys, gumbel_noise
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class DrawInputs:
+    """What B sequences draw from.
+
+    cond: float32 [B, Q, V]. uncond: float32 [G, Q, V], of the guided sequences `guided` (int64 [G], ascending).
+    params: B. rows: the grid row each draws. history: int64 [B, W, Q], the last rows (-1 before the first), W the
+    largest window of the family's repetition penalties.
+    """
+
+    cond: torch.Tensor
+    uncond: torch.Tensor
+    guided: torch.Tensor
+    params: tuple[ResolvedSampling, ...]
+    rows: tuple[int, ...]
+    history: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Candidates:
+    """values: float32 [B, Q, K], -inf where out; ids: int64 [B, Q, K], or None where K is the whole vocabulary."""
+
+    values: torch.Tensor
+    ids: torch.Tensor | None
+
+    def with_values(self, values: torch.Tensor) -> Candidates:
+        return Candidates(values, self.ids)
+
+    def all_ids(self) -> torch.Tensor:
+        if self.ids is not None:
+            return self.ids
+        return torch.arange(self.values.shape[-1], device=self.values.device).expand(self.values.shape)
+
+
+def filter_logits(inputs: DrawInputs, spec: SamplingSpec) -> Candidates:
+    """Apply the family's ops in order. What is left is drawn from in proportion to softmax(values)."""
+    state = Candidates(inputs.cond, None)
+    for op in spec.ops:
+        match op:
+            case Guidance():
+                state = _guide(inputs, op)
+            case AllowedIds():
+                limits = torch.tensor(op.limits, device=state.values.device)[:, None]
+                state = state.with_values(state.values.masked_fill(state.all_ids() >= limits, -math.inf))
+            case EosGate():
+                state = state.with_values(_gate_eos(state, op))
+            case RepetitionPenalty():
+                state = state.with_values(_penalise(state, op, inputs))
+            case Temperature():
+                divisor = _column([1.0 if p.greedy else p.temperature for p in inputs.params], state.values)
+                state = state.with_values(state.values / divisor)
+            case TopK():
+                state = _keep_top_k(state, [0 if p.greedy else p.top_k for p in inputs.params])
+            case TopP():
+                state = _keep_top_p(state, [1.0 if p.greedy else p.top_p for p in inputs.params])
+            case MinP():
+                state = state.with_values(_keep_min_p(state.values, [0.0 if p.greedy else p.min_p for p in inputs.params]))
+    return state
+
+
+def draw(inputs: DrawInputs, spec: SamplingSpec) -> torch.Tensor:
+    """Draw one code per sequence and codebook. Returns int64 [B, Q]; -1 where the logits were not finite."""
+    state = filter_logits(inputs, spec)
+    values, ids = state.values, state.ids
+    is_random = torch.tensor([not p.greedy for p in inputs.params], device=values.device)
+    if bool(is_random.any()):
+        if ids is None:
+            values, ids = _compact(values, int((values > -math.inf).sum(-1).max()))
+        seeds = torch.tensor([p.seed for p in inputs.params], device=values.device)
+        rows = torch.tensor(inputs.rows, device=values.device)
+        noise = gumbel_noise(draw_keys(seeds, rows, num_codebooks=values.shape[1]), ids)
+        values = torch.where(is_random[:, None, None], values + noise, values)
+    best = values.argmax(-1, keepdim=True)
+    drawn = (best if ids is None else ids.gather(-1, best)).squeeze(-1)
+    is_finite = torch.isfinite(inputs.cond).flatten(1).all(-1)
+    if len(inputs.guided):
+        is_finite[inputs.guided] &= torch.isfinite(inputs.uncond).flatten(1).all(-1)
+    return torch.where(is_finite[:, None], drawn, -1)
+
+
+def _column(numbers: Items[float], like: torch.Tensor) -> torch.Tensor:
+    return torch.tensor(numbers, dtype=like.dtype, device=like.device)[:, None, None]
+
+
+def _compact(values: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.topk(values, max(1, min(count, values.shape[-1])), dim=-1)
+
+
+def _guide(inputs: DrawInputs, op: Guidance) -> Candidates:
+    """Source: Ho & Salimans 2022, equation 6, with the centre and the filter of the family."""
+    if not len(inputs.guided):
+        return Candidates(inputs.cond, None)
+    params = [inputs.params[i] for i in inputs.guided.tolist()]
+    cond = inputs.cond[inputs.guided]
+    center = cond if op.center == "cond" else inputs.uncond
+    guided = center + _column([p.guidance_scale for p in params], cond) * (cond - inputs.uncond)
+    top_ks = [p.top_k for p in params]
+    if not op.top_k_filter or not any(top_ks):
+        return Candidates(inputs.cond.index_copy(0, inputs.guided, guided), None)
+    kept = cond if op.keep == "cond" else guided
+    widest = min(max(top_ks), cond.shape[-1])
+    ids = torch.topk(guided, widest, dim=-1).indices
+    rank = torch.arange(widest, device=cond.device)
+    values = kept.gather(-1, ids).masked_fill(rank >= _column(top_ks, cond), -math.inf)
+    if len(params) == len(inputs.params) and all(top_ks):
+        return Candidates(values, ids)
+    filtered = torch.full_like(cond, -math.inf).scatter(-1, ids, values)
+    filtered = torch.where(_column(top_ks, cond) > 0, filtered, guided)
+    return Candidates(inputs.cond.index_copy(0, inputs.guided, filtered), None)
+
+
+def _gate_eos(state: Candidates, op: EosGate) -> torch.Tensor:
+    values, is_eos = state.values[:, op.codebook], state.all_ids()[:, op.codebook] == op.eos
+    eos_value = values.masked_fill(~is_eos, -math.inf).amax(-1, keepdim=True)
+    eos_leads = (eos_value >= values.amax(-1, keepdim=True)) & (eos_value > -math.inf)
+    gated = values.masked_fill(torch.where(eos_leads, ~is_eos, is_eos), -math.inf)
+    out = state.values.clone()
+    out[:, op.codebook] = gated
+    return out
+
+
+def _penalise(state: Candidates, op: RepetitionPenalty, inputs: DrawInputs) -> torch.Tensor:
+    """Source: Keskar et al. 2019, section 4.1; an id seen n times in the window is penalised n times."""
+    penalty = _column([p.repetition_penalty for p in inputs.params], state.values)
+    values, ids = state.values, state.all_ids()
+    seen = torch.zeros_like(ids, dtype=torch.bool)
+    for past in inputs.history[:, -op.window :].unbind(1):
+        matches = ids == past[..., None]
+        applies = matches if op.compounding else matches & ~seen
+        seen |= matches
+        values = torch.where(applies, torch.where(values > 0, values / penalty, values * penalty), values)
+    return values
+
+
+def _keep_top_k(state: Candidates, top_ks: list[int]) -> Candidates:
+    width = state.values.shape[-1]
+    widest = min(max(top_ks), width)
+    if widest == 0 or all(k >= width for k in top_ks):
+        return state
+    ranked = torch.topk(state.values, widest, dim=-1).values
+    nth = torch.tensor([min(k, widest) - 1 if k else 0 for k in top_ks], device=ranked.device)
+    smallest = ranked.gather(-1, nth[:, None, None].expand(-1, ranked.shape[1], 1))
+    is_off = torch.tensor([k == 0 for k in top_ks], device=ranked.device)[:, None, None]
+    values = state.values.masked_fill((state.values < smallest) & ~is_off, -math.inf)
+    if state.ids is not None or bool(is_off.any()):
+        return state.with_values(values)
+    return Candidates(*_compact(values, int((values > -math.inf).sum(-1).max())))
+
+
+def _keep_top_p(state: Candidates, top_ps: list[float]) -> Candidates:
+    """Keep an id while the probability of those before it is below top_p, so the one that crosses it stays.
+
+    Summed one by one from the largest: ids that are out, and so the neighbours' settings, cannot change a bit.
+    Source: Holtzman et al. 2019, section 3.1.
+    """
+    if all(p >= 1.0 for p in top_ps):
+        return state
+    values, order = torch.sort(state.values, dim=-1, descending=True, stable=True)
+    weights = torch.exp(values - values[..., :1])
+    cumulative = weights.cumsum(-1)
+    limit = _column([p if p < 1.0 else math.inf for p in top_ps], values) * cumulative[..., -1:]
+    is_out = torch.zeros_like(order, dtype=torch.bool).scatter(-1, order, cumulative - weights >= limit)
+    return state.with_values(state.values.masked_fill(is_out, -math.inf))
+
+
+def _keep_min_p(values: torch.Tensor, min_ps: list[float]) -> torch.Tensor:
+    """Source: Nguyen et al. 2024, algorithm 1, as a bound on logits."""
+    if not any(min_ps):
+        return values
+    margin = _column([math.log(p) if p else -math.inf for p in min_ps], values)
+    return values.masked_fill(values < values.amax(-1, keepdim=True) + margin, -math.inf)

@@ -1,0 +1,223 @@
+"""Who runs in the next step. Owns the queue, the running set and the block pools; torch-free, clock given.
+
+Order: streams without first audio, by arrival; streams by how soon their playback runs dry; requests nobody listens to,
+by arrival; streams more than `max_lead_s` ahead, which run only when nobody else can. Sequences decode one position a
+step; prefill fills what is left of the step's budget, in pieces, so that a long prompt stalls nobody. Branches of a
+sequence are never apart.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from declaim.engine.batch import Batch, Entry
+from declaim.engine.blocks import BlockPool, blocks_for
+from declaim.engine.errors import TooLong
+from declaim.engine.sequence import Sequence
+
+SEGMENT_LEAD_S = 2.0  # how much later a segment is needed for each unfinished one before it
+
+
+@dataclass(frozen=True, slots=True)
+class SchedulerLimits:
+    """max_batch: sequences in a step. max_step_positions: positions in a step, over all branches.
+    max_lead_s: a stream further ahead of its playback than this yields."""
+
+    block_size: int
+    max_batch: int
+    max_step_positions: int
+    max_lead_s: float
+
+
+class Scheduler:
+    """Continuous batching over a fixed number of blocks."""
+
+    def __init__(self, pool: BlockPool, cross_pool: BlockPool, *, limits: SchedulerLimits) -> None:
+        self._pool = pool
+        self._cross_pool = cross_pool
+        self._limits = limits
+        self._waiting: list[Sequence] = []
+        self._running: list[Sequence] = []
+        self.num_preemptions = 0
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self._waiting)
+
+    @property
+    def num_running(self) -> int:
+        return len(self._running)
+
+    @property
+    def num_blocks_used(self) -> int:
+        return self._pool.num_used + self._cross_pool.num_used
+
+    @property
+    def num_blocks(self) -> int:
+        return self._pool.num_blocks + self._cross_pool.num_blocks
+
+    def check_fits(self, sequence: Sequence) -> None:
+        """Raises: TooLong if the sequence could not run even alone."""
+        block_size = self._limits.block_size
+        needed = blocks_for(sequence.max_positions, block_size) * sequence.num_branches
+        if needed > self._pool.num_blocks:
+            raise TooLong(
+                f"this request may need {sequence.max_positions} positions in {sequence.num_branches} branches"
+                f" ({needed} blocks), and the cache has {self._pool.num_blocks}: lower max_seconds, shorten the voice"
+                " prompt, turn guidance off, or start the engine with more memory_gb"
+            )
+        needed = blocks_for(sequence.prompt.cross_len, block_size)
+        if needed > self._cross_pool.num_blocks:
+            raise TooLong(
+                f"this text takes {sequence.prompt.cross_len} positions ({needed} blocks) of cross-attention cache,"
+                f" which has {self._cross_pool.num_blocks}: shorten the text or start the engine with more memory_gb"
+            )
+        if sequence.num_branches > self._limits.max_step_positions:
+            raise TooLong(
+                f"a step of {self._limits.max_step_positions} positions cannot hold"
+                f" {sequence.num_branches} branches: raise max_step_positions"
+            )
+
+    def add(self, sequence: Sequence) -> None:
+        """Queue a sequence that `check_fits`."""
+        self._waiting.append(sequence)
+
+    def schedule(self, now: float) -> Batch:
+        """Choose the next step's entries, admitting and preempting as blocks allow. Empty if nobody can run."""
+        limits = self._limits
+        self._admit(now)
+        ranked = sorted(self._running, key=lambda sequence: self._rank(sequence, now))
+        urgent = [sequence for sequence in ranked if not self._yields(sequence, now)]
+        chosen = (urgent or ranked)[: limits.max_batch]
+        budget = limits.max_step_positions
+        positions: dict[int, int] = {}
+        for is_prefill in (False, True):
+            for sequence in chosen:
+                if (sequence.num_pending > 1) != is_prefill or not sequence.is_admitted:
+                    continue
+                count = min(sequence.num_pending, budget // sequence.num_branches)
+                if count and self._hold(sequence, sequence.num_cached + count, ranked):
+                    positions[sequence.sequence_id] = count
+                    budget -= count * sequence.num_branches
+        # A sequence chosen early may since have been preempted for a more urgent one's blocks.
+        entries = [
+            Entry(sequence, positions[sequence.sequence_id])
+            for sequence in chosen
+            if sequence.is_admitted and sequence.sequence_id in positions
+        ]
+        return Batch(tuple(entries))
+
+    def commit(self, batch: Batch, drawn: dict[int, NDArray[np.int32]]) -> None:
+        """Record a step: positions are cached, drawn rows ([Q], by sequence id) are appended, the done leave."""
+        for entry in batch.entries:
+            sequence = entry.sequence
+            sequence.num_cached += entry.num_positions
+            if sequence.sequence_id in drawn:
+                sequence.append(drawn[sequence.sequence_id])
+            if sequence.is_done:
+                self.remove(sequence)
+
+    def remove(self, sequence: Sequence) -> None:
+        """Take a sequence out, wherever it is, and free its blocks. No effect if it has left already."""
+        if sequence in self._waiting:
+            self._waiting.remove(sequence)
+        if sequence in self._running:
+            self._running.remove(sequence)
+            self._release(sequence)
+
+    def sequences(self) -> Iterable[Sequence]:
+        """Everything queued or running."""
+        return [*self._running, *self._waiting]
+
+    def check_integrity(self) -> None:
+        """Raises: RuntimeError if the pools' books and the running sequences disagree."""
+        held = sum(len(table) for sequence in self._running for table in sequence.block_tables)
+        cross_held = sum(len(sequence.cross_blocks) for sequence in self._running)
+        if held != self._pool.num_used or cross_held != self._cross_pool.num_used:
+            raise RuntimeError(
+                f"blocks leaked: sequences hold {held} + {cross_held},"
+                f" the pools say {self._pool.num_used} + {self._cross_pool.num_used}"
+            )
+
+    def _rank(self, sequence: Sequence, now: float) -> tuple[int, float, float, int]:
+        playback, given = sequence.playback, sequence.given
+        if not playback.paced:
+            return (2, given.arrived_at, given.segment, given.sequence_id)
+        if playback.first_audio_at is None and given.segment == playback.segment:
+            return (0, given.arrived_at, given.segment, given.sequence_id)
+        slack = playback.lead_s(now) + SEGMENT_LEAD_S * (given.segment - playback.segment)
+        return (3 if self._yields(sequence, now) else 1, slack, given.segment, given.sequence_id)
+
+    def _yields(self, sequence: Sequence, now: float) -> bool:
+        return sequence.playback.paced and sequence.playback.lead_s(now) > self._limits.max_lead_s
+
+    def _admit(self, now: float) -> None:
+        """Move the most urgent waiting sequences into the running set while slots and blocks last."""
+        num_places = self._limits.max_batch - sum(not self._yields(other, now) for other in self._running)
+        if num_places <= 0 or not self._waiting:
+            return
+        ranked = sorted(self._waiting, key=lambda sequence: self._rank(sequence, now))
+        for sequence in ranked[:num_places]:
+            while not self._has_room(sequence):
+                ahead = [other for other in self._running if self._yields(other, now)]
+                if self._yields(sequence, now) or not ahead:
+                    return
+                self._preempt(max(ahead, key=lambda other: self._rank(other, now)))
+            cross = self._cross_pool.allocate(
+                blocks_for(sequence.prompt.cross_len, self._limits.block_size), after=None
+            )
+            if cross is None:
+                return
+            sequence.cross_blocks = cross
+            sequence.block_tables = [[] for _ in range(sequence.num_branches)]
+            sequence.is_admitted = True
+            self._waiting.remove(sequence)
+            self._running.append(sequence)
+
+    def _has_room(self, sequence: Sequence) -> bool:
+        """Whether all its known positions, and one more, would fit now."""
+        block_size = self._limits.block_size
+        needed = blocks_for(sequence.num_positions, block_size) * sequence.num_branches
+        cross_needed = blocks_for(sequence.prompt.cross_len, block_size)
+        return needed <= self._pool.num_free and cross_needed <= self._cross_pool.num_free
+
+    def _hold(self, sequence: Sequence, num_positions: int, ranked: list[Sequence]) -> bool:
+        """Make every branch's table long enough, preempting the least urgent until it is.
+
+        False if the sequence itself was the least urgent one left, and has been preempted.
+        """
+        while not self._grow(sequence, num_positions):
+            victim = next(other for other in reversed(ranked) if other.is_admitted)
+            self._preempt(victim)
+            if victim is sequence:
+                return False
+        return True
+
+    def _grow(self, sequence: Sequence, num_positions: int) -> bool:
+        needed = blocks_for(num_positions, self._limits.block_size)
+        for table in sequence.block_tables:
+            blocks = self._pool.allocate(max(0, needed - len(table)), after=table[-1] if table else None)
+            if blocks is None:
+                return False
+            table += blocks
+        return True
+
+    def _preempt(self, sequence: Sequence) -> None:
+        """Back to the queue without blocks: its positions will be computed again."""
+        self._release(sequence)
+        self._running.remove(sequence)
+        self._waiting.append(sequence)
+        sequence.num_preemptions += 1
+        self.num_preemptions += 1
+
+    def _release(self, sequence: Sequence) -> None:
+        for table in sequence.block_tables:
+            self._pool.free(table)
+        self._cross_pool.free(sequence.cross_blocks)
+        sequence.block_tables, sequence.cross_blocks = [], []
+        sequence.num_cached = 0
+        sequence.is_admitted = False

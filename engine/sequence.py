@@ -1,0 +1,164 @@
+"""A sequence: one segment's progress through the engine. Torch-free.
+
+All mutable state of a segment lives here. Quantities that follow from others are properties.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from declaim.engine import frames
+from declaim.engine.request import FinishReason, ResolvedSampling
+from declaim.engine.spec import FrameRule
+
+
+@dataclass(slots=True)
+class Playback:
+    """What the listener of one request has: shared by the request's sequences, written by its stream.
+
+    paced: somebody listens while the audio is made. Otherwise only the whole matters.
+    """
+
+    paced: bool
+    first_audio_at: float | None = None
+    delivered_s: float = 0.0
+    segment: int = 0  # the segment whose audio is delivered next
+
+    def lead_s(self, now: float) -> float:
+        """Seconds of audio delivered and not yet played; negative once the listener has run dry."""
+        if self.first_audio_at is None:
+            return 0.0
+        return self.delivered_s - (now - self.first_audio_at)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Prompt:
+    """One segment, ready to be queued: plain data, no tensor.
+
+    prefix_len: positions before row 0, the same for every branch. cross_len: encoder positions of branch 0.
+    prompt_frames: int32 [P, Q], the voice prompt. max_frames: the most new frames the segment may make.
+    """
+
+    text_ids: tuple[int, ...]
+    prefix_len: int
+    cross_len: int
+    prompt_frames: NDArray[np.int32]
+    max_frames: int
+    num_branches: int
+    speed: float
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class SequenceInput:
+    """What a sequence is made from, and never changes. segment: its place in the request."""
+
+    sequence_id: int
+    request_id: str
+    segment: int
+    sampling: ResolvedSampling
+    prompt: Prompt
+    arrived_at: float
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """One segment in the engine."""
+
+    given: SequenceInput
+    rule: FrameRule
+    playback: Playback
+
+    # set by the scheduler
+    block_tables: list[list[int]] = field(default_factory=list)  # one a branch
+    cross_blocks: list[int] = field(default_factory=list)
+    num_cached: int = 0  # positions whose K and V are in the cache, of every branch
+    is_admitted: bool = False
+    num_preemptions: int = 0
+
+    # set by `append`
+    num_rows: int = 0
+    end_row: int | None = None
+    finish_reason: FinishReason | None = None
+
+    # set once below
+    rows: NDArray[np.int32] = field(init=False)  # [max_rows, Q]
+    forced: NDArray[np.int32] = field(init=False)
+    last_end_row: int = field(init=False)  # where the audio ends if nothing ends it before
+
+    def __post_init__(self) -> None:
+        num_prompt = len(self.prompt.prompt_frames)
+        self.forced = frames.forced_rows(self.rule, self.prompt.prompt_frames)
+        self.last_end_row = num_prompt + self.prompt.max_frames + 1
+        self.rows = np.full((self.max_rows, self.rule.num_codebooks), self.rule.fill, dtype=np.int32)
+        self.rows[: num_prompt + 1] = self.forced[: num_prompt + 1]
+        self.num_rows = num_prompt + 1
+
+    @property
+    def sequence_id(self) -> int:
+        return self.given.sequence_id
+
+    @property
+    def prompt(self) -> Prompt:
+        return self.given.prompt
+
+    @property
+    def num_branches(self) -> int:
+        return self.given.prompt.num_branches
+
+    @property
+    def max_rows(self) -> int:
+        """Rows of the finished grid, at most."""
+        return self.last_end_row + self.rule.num_drain_rows
+
+    @property
+    def max_positions(self) -> int:
+        """Positions that are ever computed, at most: the last row is drawn and never fed back."""
+        return self.prompt.prefix_len + self.max_rows - 1
+
+    @property
+    def num_positions(self) -> int:
+        """Positions known so far."""
+        return self.prompt.prefix_len + self.num_rows
+
+    @property
+    def num_pending(self) -> int:
+        """Positions known and not in the cache: 1 while decoding, more before the first draw or after a preemption."""
+        return self.num_positions - self.num_cached
+
+    @property
+    def is_done(self) -> bool:
+        return self.end_row is not None and self.num_rows >= self.end_row + self.rule.num_drain_rows
+
+    @property
+    def num_prompt_frames(self) -> int:
+        return len(self.prompt.prompt_frames)
+
+    @property
+    def num_ready_frames(self) -> int:
+        return frames.num_ready_frames(
+            self.rule, self.num_rows, num_prompt_frames=self.num_prompt_frames, end_row=self.end_row
+        )
+
+    def set_num_frames(self, num_frames: int) -> None:
+        """Fix the length before the first draw, where the family knows it; it is cut to what the request allows."""
+        self.last_end_row = self.num_prompt_frames + min(num_frames, self.prompt.max_frames) + 1
+        self.end_row = self.last_end_row
+        self.finish_reason = "stop" if num_frames <= self.prompt.max_frames else "length"
+
+    def append(self, drawn: NDArray[np.int32]) -> None:
+        """Add the row that was drawn from the last known position. drawn: [Q]."""
+        row = self.num_rows
+        if self.end_row is None and frames.draws_end(self.rule, drawn):
+            self.end_row, self.finish_reason = row, "stop"
+        if self.end_row is None and row == self.last_end_row:
+            self.end_row, self.finish_reason = row, "length"
+        end_row = self.end_row if self.end_row is not None and row >= self.end_row else None
+        self.rows[row] = frames.next_row(self.rule, drawn, row, end_row=end_row, forced=self.forced)
+        self.num_rows += 1
+
+    def codes(self, first: int, last: int) -> NDArray[np.int32]:
+        """New frames first .. last (exclusive), delay undone. [last - first, Q]."""
+        return frames.undelay(self.rule, self.rows, first, last, num_prompt_frames=self.num_prompt_frames)

@@ -1,0 +1,152 @@
+"""One request's way out: from its sequences' frames to windows, and from decoded windows to chunks in order.
+
+Owned by the engine thread. It decides what is decoded next and what is delivered next, and nothing else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Items
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from declaim.engine.chunks import ChunkPlanner, ChunkPolicy, Cut
+from declaim.engine.errors import DeclaimError
+from declaim.engine.request import AudioChunk, FinishReason
+from declaim.engine.sequence import Playback, Sequence
+from declaim.engine.spec import CodecSpec
+from declaim.engine.vocoder.base import DecodedWindow, Window
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Finished:
+    """The last event of a request. codes: int32 [num_frames, Q] of what was delivered; error with reason "error"."""
+
+    finish_reason: FinishReason
+    codes: NDArray[np.int32]
+    error: DeclaimError | None
+
+
+Event = AudioChunk | Finished
+
+
+class Sink(Protocol):
+    """Where a request's events go. `deliver` is called from the engine thread and must not block."""
+
+    @property
+    def is_abandoned(self) -> bool:
+        """True once nobody will read the events: the request is then cancelled."""
+        ...
+
+    def deliver(self, event: Event) -> None: ...
+
+
+class RequestStream:
+    """The sequences of one request, in the order in which they are heard."""
+
+    def __init__(
+        self,
+        request_id: str,
+        sequences: Items[Sequence],
+        *,
+        playback: Playback,
+        sink: Sink,
+        codec: CodecSpec,
+        policy: ChunkPolicy,
+        max_frames: int | None,
+    ) -> None:
+        """max_frames: the most frames of all sequences together; None where each has its own limit only."""
+        self.request_id = request_id
+        self.sequences = tuple(sequences)
+        self.sink = sink
+        self.playback = playback
+        self._codec = codec
+        self._max_frames = max_frames
+        self._planners = [ChunkPlanner(policy, codec) for _ in sequences]
+        self._cuts: list[dict[int, Cut]] = [{} for _ in sequences]
+        self._decoded: list[dict[int, NDArray[np.float32]]] = [{} for _ in sequences]
+        self._next_index = 0  # of the window delivered next, within sequence `playback.segment`
+        self._num_delivered = 0
+        self._delivered_codes: list[NDArray[np.int32]] = []
+        self.finish_reason: FinishReason | None = None
+
+    def windows_ready(self, sequence: Sequence) -> list[Window]:
+        """Windows of a sequence that can be decoded since the last call."""
+        segment = sequence.given.segment
+        windows: list[Window] = []
+        cuts = self._planners[segment].ready(sequence.num_ready_frames, is_done=sequence.is_done)
+        for cut in cuts:
+            self._cuts[segment][cut.index] = cut
+            if cut.first == cut.last:
+                self._decoded[segment][cut.index] = np.zeros(0, dtype=np.float32)
+                continue
+            codes = sequence.codes(cut.context_first, cut.context_last)
+            windows.append(
+                Window(
+                    sequence_id=sequence.sequence_id,
+                    index=cut.index,
+                    codes=np.ascontiguousarray(codes.T.astype(np.int16)),
+                    skip=cut.first - cut.context_first,
+                    num_frames=cut.last - cut.first,
+                )
+            )
+        return windows
+
+    def accept(self, decoded: DecodedWindow) -> None:
+        """Take a decoded window, in any order."""
+        segment = next(i for i, other in enumerate(self.sequences) if other.sequence_id == decoded.sequence_id)
+        if decoded.samples is not None:
+            self._decoded[segment][decoded.index] = decoded.samples
+
+    def deliver(self, now: float) -> None:
+        """Send every chunk whose turn has come; `finish_reason` is set once the last one has been sent."""
+        while self.finish_reason is None:
+            segment = self.playback.segment
+            samples = self._decoded[segment].pop(self._next_index, None)
+            if samples is None:
+                return
+            cut = self._cuts[segment].pop(self._next_index)
+            self._send(self.sequences[segment], cut, samples, now)
+            self._next_index += 1
+            if cut.is_last:
+                self.playback.segment += 1
+                self._next_index = 0
+
+    def codes(self) -> NDArray[np.int32]:
+        """The codes of every chunk sent so far, [num_frames, Q]."""
+        if not self._delivered_codes:
+            return np.zeros((0, self._codec.num_codebooks), dtype=np.int32)
+        return np.concatenate(self._delivered_codes)
+
+    def _send(self, sequence: Sequence, cut: Cut, samples: NDArray[np.float32], now: float) -> None:
+        num_frames = cut.last - cut.first
+        room = num_frames if self._max_frames is None else self._max_frames - self._num_delivered
+        is_cut_short = room < num_frames
+        num_frames = min(num_frames, room)
+        is_last = is_cut_short or (cut.is_last and sequence is self.sequences[-1])
+        reason: FinishReason | None = None
+        if is_last:
+            reached = is_cut_short or any(other.finish_reason == "length" for other in self.sequences)
+            reason = "length" if reached else "stop"
+        first_frame = self._num_delivered
+        self._num_delivered += num_frames
+        self._delivered_codes.append(sequence.codes(cut.first, cut.first + num_frames))
+        samples = samples[: num_frames * self._codec.hop]
+        if len(samples) and self.playback.first_audio_at is None:
+            self.playback.first_audio_at = now
+        self.playback.delivered_s += len(samples) / self._codec.sample_rate_hz
+        if num_frames or is_last:
+            self.sink.deliver(
+                AudioChunk(
+                    request_id=self.request_id,
+                    audio=samples,
+                    first_frame=first_frame,
+                    num_frames=num_frames,
+                    sample_rate_hz=self._codec.sample_rate_hz,
+                    is_last=is_last,
+                    finish_reason=reason,
+                )
+            )
+        self.finish_reason = reason

@@ -1,0 +1,719 @@
+"""The vocoder as an elastic pool of Ray actors, on any core, GPU or node. The one file that imports ray.
+
+Owns a dispatch thread, which alone speaks to Ray, and the books: a window is queued or in one worker's call,
+and leaves them once, with samples or with an error. A worker keeps nothing between calls, so what a dead one
+had in hand goes to another. Never retries through Ray (max_restarts=0): two parties repairing one pool would
+double windows.
+"""
+
+from __future__ import annotations
+
+import atexit
+import logging
+import math
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import ray
+import torch
+from ray.exceptions import RayError, RayTaskError
+
+from declaim.engine.codec.base import CodecRecipe, load_codec
+from declaim.engine.errors import EngineClosed, EngineError, ModelLoadError, VocoderLost
+from declaim.engine.vocoder.base import DecodedWindow, Wake, Window
+from declaim.engine.vocoder.inline import decode_windows
+
+_log = logging.getLogger(__name__)
+
+# Two calls in flight: a worker starts on the second while the first one's samples travel.
+_MAX_CALLS_PER_WORKER = 2
+# A call gets as many windows as take about this long: well above a round trip (1-2 ms), and short enough that
+# a first window, which cannot overtake calls in flight, waits little.
+_CALL_TARGET_S = 0.05
+_MAX_LOST_WORKERS_PER_WINDOW = 3
+_GROW_AFTER_S = 0.5
+_TICK_S = 0.1
+_BACK_OFF_S = (0.5, 10.0)  # first and longest
+_CONNECT_TIMEOUT_S = 3.0
+_TRIAL_TIMEOUT_S = 10.0
+_CLOSE_TIMEOUT_S = 30.0
+_CRASHED = "the vocoder pool's thread crashed: see its traceback in the log, and build a new pool"
+_OBJECT_STORE_BYTES = 90 * 1024 * 1024
+# A session's sockets take up to 62 characters below Ray's folder, and an AF_UNIX path ends at 107.
+_MAX_TEMP_DIR_CHARS = 40
+
+
+@dataclass(frozen=True, slots=True)
+class RayPoolOptions:
+    """How many workers, what each may use, and when one counts as lost.
+
+    address: "host:port" of a Ray cluster's head, "auto" for the one this machine belongs to, None to start a
+    local Ray. Where this process has already initialised Ray, that one is used whatever the address.
+    decode_timeout_s: for one call, at most `max_windows_per_call` windows.
+    Raises: ValueError where a value makes no sense.
+    """
+
+    min_workers: int = 1
+    max_workers: int = 2
+    cpus_per_worker: float = 1.0
+    gpus_per_worker: float = 0.0
+    address: str | None = None
+    max_windows_per_call: int = 8
+    decode_timeout_s: float = 30.0
+    health_interval_s: float = 2.0
+    health_timeout_s: float = 10.0
+    idle_timeout_s: float = 30.0
+    start_timeout_s: float = 60.0
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.min_workers <= self.max_workers:
+            raise ValueError(
+                f"min_workers is {self.min_workers} and max_workers {self.max_workers}; "
+                "they must satisfy 1 <= min_workers <= max_workers"
+            )
+        if self.max_windows_per_call < 1:
+            raise ValueError(f"max_windows_per_call is {self.max_windows_per_call}; it must be at least 1")
+        if self.cpus_per_worker < 0 or self.gpus_per_worker < 0:
+            raise ValueError(
+                f"cpus_per_worker is {self.cpus_per_worker} and gpus_per_worker {self.gpus_per_worker}; "
+                "neither can be negative"
+            )
+        seconds = {
+            "decode_timeout_s": self.decode_timeout_s,
+            "health_interval_s": self.health_interval_s,
+            "health_timeout_s": self.health_timeout_s,
+            "idle_timeout_s": self.idle_timeout_s,
+            "start_timeout_s": self.start_timeout_s,
+        }
+        for name, value in seconds.items():
+            if value <= 0:
+                raise ValueError(f"{name} is {value}; it must be positive")
+
+
+@dataclass(frozen=True, slots=True)
+class RayPoolStats:
+    """A moment of the pool. workers: those ready to decode. restarts: workers lost and to be replaced."""
+
+    workers: int
+    queued: int
+    in_flight: int
+    restarts: int
+    windows_decoded: int
+
+
+class DecodeWorker:
+    """What runs in a worker process: one codec, and no state beside it.
+
+    The codec is loaded by a call and not by the constructor, whose errors reach the pool as text only.
+    """
+
+    def load(self, recipe: CodecRecipe, *, num_threads: int) -> int:
+        """Load the codec, decode a window of silence with it, and return this process's id.
+
+        Raises: ModelLoadError.
+        """
+        torch.set_num_threads(num_threads)
+        self._codec = load_codec(recipe)
+        # The first decode sets up kernels and, on a GPU, its context: no first audio should wait for that.
+        spec = self._codec.spec
+        codes = torch.zeros((1, spec.num_codebooks, spec.left + spec.right + 1), dtype=torch.int64)
+        self._codec.decode(codes.to(self._codec.device))
+        return os.getpid()
+
+    def decode(self, windows: list[Window]) -> list[DecodedWindow]:
+        """Samples of each window, or the error of that window alone."""
+        return decode_windows(self._codec, windows)
+
+    def ping(self) -> None:
+        """Answer, from a thread of its own, that this process still runs."""
+
+
+@dataclass(slots=True, eq=False)
+class _Job:
+    """A window on its way. num_lost: workers lost while they decoded it."""
+
+    window: Window
+    num_lost: int = 0
+
+
+@dataclass(slots=True, eq=False)
+class _Worker:
+    """The dispatch thread's view of one actor."""
+
+    number: int
+    handle: Any  # ray.actor.ActorHandle
+    started_at: float
+    pid: int | None = None  # None until its codec is loaded
+    # In the order sent, which is the order in which they are decoded.
+    calls: dict[int, list[_Job]] = field(default_factory=dict)
+    head_since: float = 0.0  # when the oldest call's turn began, or when the last one ended
+    pinged_at: float | None = None
+    answered_at: float = 0.0
+
+    def jobs(self) -> list[_Job]:
+        return [job for jobs in self.calls.values() for job in jobs]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Reply:
+    """A finished call to a worker: what Ray's thread hands to the dispatch thread."""
+
+    worker: int
+    call: int
+    future: Future[Any]
+
+
+_LOAD, _PING = -1, -2  # call numbers of what is not a decode
+
+
+class RayVocoderPool:
+    """A `Vocoder` whose workers are Ray actors. Returns once one worker can decode.
+
+    wake: called from the dispatch thread when `poll` has something new. A process has one Ray: a pool built
+    while another one's Ray runs shares it, and must be closed first.
+    Raises: ModelLoadError if the codec cannot be loaded; EngineError if Ray cannot be started or joined, or
+    no worker gets ready within `start_timeout_s`.
+    """
+
+    def __init__(self, recipe: CodecRecipe, options: RayPoolOptions, *, wake: Wake) -> None:
+        self._recipe = recipe
+        self._options = options
+        self._wake = wake
+
+        # Shared with the engine thread, guarded by _changed.
+        self._changed = threading.Condition()
+        self._first: deque[_Job] = deque()
+        self._rest: deque[_Job] = deque()
+        self._unanswered: dict[int, set[int]] = {}  # sequence_id -> indices queued or in flight
+        self._done: list[DecodedWindow] = []
+        self._replies: deque[_Reply] = deque()
+        self._closed = False
+        self._stopped = False
+        self._started = False
+        self._fatal: EngineError | None = None  # why the dispatch thread ended or is about to
+        self._news = False  # something came into _done since the last wake
+        self._stats = RayPoolStats(0, 0, 0, 0, 0)
+        self._pids: list[int] = []
+
+        # The dispatch thread's own.
+        self._actor_class: Any = None
+        self._workers: dict[int, _Worker] = {}
+        self._next_number = 0
+        self._next_call = 0
+        self._num_failed_starts = 0
+        self._next_start_at = 0.0
+        self._crowded_since: float | None = None
+        self._window_s = 0.0  # what a window takes, by the last replies
+        self._owns_ray = False
+        self._num_restarts = 0
+        self._num_decoded = 0
+
+        # Ray is started from the thread that lasts as long as the pool: on Linux its processes die with the
+        # thread that forked them, and on the main thread ray.init would replace the server's SIGTERM handler.
+        self._thread = threading.Thread(target=self._run, name="declaim-vocoder-pool", daemon=True)
+        self._thread.start()
+        try:
+            with self._changed:
+                self._changed.wait_for(lambda: self._started or self._fatal is not None or self._stopped)
+        finally:
+            if not self._started:
+                self.close()
+        if not self._started:
+            raise self._fatal or EngineError(_CRASHED)
+        # After ray's own handler was registered, and so run before it.
+        atexit.register(self.close)
+
+    def submit(self, windows: Sequence[Window]) -> None:
+        """Queue windows.
+
+        Raises: EngineClosed after `close`.
+        """
+        with self._changed:
+            if self._closed:
+                raise EngineClosed("the vocoder pool is closed: build a new one")
+            for window in windows:
+                self._unanswered.setdefault(window.sequence_id, set()).add(window.index)
+                # Somebody waits in silence for a first window; the others are wanted by their playback time.
+                (self._rest if window.index else self._first).append(_Job(window))
+            if self._stopped:
+                self._fail_queued(str(self._fatal or _CRASHED))
+            self._changed.notify()
+
+    def poll(self) -> list[DecodedWindow]:
+        with self._changed:
+            done, self._done = self._done, []
+            return done
+
+    def cancel(self, sequence_id: int) -> None:
+        with self._changed:
+            self._unanswered.pop(sequence_id, None)
+            self._first = deque(job for job in self._first if job.window.sequence_id != sequence_id)
+            self._rest = deque(job for job in self._rest if job.window.sequence_id != sequence_id)
+            self._done = [window for window in self._done if window.sequence_id != sequence_id]
+
+    @property
+    def num_pending(self) -> int:
+        with self._changed:
+            return len(self._done) + sum(len(indices) for indices in self._unanswered.values())
+
+    def worker_pids(self) -> list[int]:
+        """Process ids of the workers that are ready, oldest first (each on its own node)."""
+        with self._changed:
+            return list(self._pids)
+
+    def stats(self) -> RayPoolStats:
+        with self._changed:
+            return self._stats
+
+    def close(self) -> None:
+        """Kill the workers, drop what is pending, and end or leave the Ray this pool started or joined."""
+        atexit.unregister(self.close)
+        with self._changed:
+            self._closed = True
+            self._first.clear()
+            self._rest.clear()
+            self._unanswered.clear()
+            self._done.clear()
+            self._changed.notify()
+        if threading.current_thread() is not self._thread:
+            self._thread.join(_CLOSE_TIMEOUT_S)
+
+    # The dispatch thread from here on.
+
+    def _run(self) -> None:
+        try:
+            self._owns_ray = _connect(self._options)
+            self._actor_class = _actor_class(self._options)
+            while not self._closed and self._fatal is None:
+                self._turn()
+        except EngineError as error:
+            self._fatal = error
+        finally:
+            # Also where an unforeseen error ends this thread: its traceback is printed, no window waits on.
+            self._fail_everything()
+            if ray.is_initialized():
+                for worker in self._workers.values():
+                    _kill(worker)
+                if self._owns_ray:
+                    ray.shutdown()
+
+    def _fail_everything(self) -> None:
+        with self._changed:
+            self._stopped = True
+            cause = str(self._fatal or _CRASHED)
+            for worker in self._workers.values():
+                for job in worker.jobs():
+                    self._fail(job, cause)
+            self._fail_queued(cause)
+            self._pids = []
+            self._changed.notify_all()
+            news = self._news
+        if news:
+            self._wake()
+
+    def _turn(self) -> None:
+        """Wait for something to do, and do it."""
+        with self._changed:
+            self._changed.wait_for(self._has_work, timeout=_TICK_S)
+            replies = list(self._replies)
+            self._replies.clear()
+        if not ray.is_initialized():
+            raise EngineError("Ray was shut down under the vocoder pool: close the pool before its Ray")
+        now = time.monotonic()
+        for reply in replies:
+            self._take(reply, now)
+        self._check_workers(now)
+        self._scale(now)
+        self._dispatch(now)
+        self._publish()
+
+    def _has_work(self) -> bool:
+        if self._closed or self._replies:
+            return True
+        return bool(self._first or self._rest) and bool(self._free_workers())
+
+    def _free_workers(self) -> list[_Worker]:
+        workers = self._workers.values()
+        return [w for w in workers if w.pid is not None and len(w.calls) < _MAX_CALLS_PER_WORKER]
+
+    def _publish(self) -> None:
+        """What `stats` and `worker_pids` show, and whether `poll` has something new."""
+        ready = [worker for worker in self._workers.values() if worker.pid is not None]
+        with self._changed:
+            self._pids = [worker.pid for worker in ready if worker.pid is not None]
+            self._stats = RayPoolStats(
+                workers=len(ready),
+                queued=len(self._first) + len(self._rest),
+                in_flight=sum(len(worker.jobs()) for worker in ready),
+                restarts=self._num_restarts,
+                windows_decoded=self._num_decoded,
+            )
+            if ready and not self._started:
+                self._started = True
+                self._changed.notify_all()
+            news, self._news = self._news, False
+        if news:
+            self._wake()
+
+    # Replies.
+
+    def _call(self, worker: _Worker, call: int, ref: Any) -> None:
+        """Have the reply to a call put where this thread finds it."""
+
+        def finished(future: Future[Any]) -> None:
+            with self._changed:
+                self._replies.append(_Reply(worker.number, call, future))
+                self._changed.notify()
+
+        ref.future().add_done_callback(finished)
+
+    def _take(self, reply: _Reply, now: float) -> None:
+        worker = self._workers.get(reply.worker)
+        if worker is None:
+            return  # given up before it answered; its windows are elsewhere by now
+        error = reply.future.exception()
+        if error is not None:
+            self._lose(worker, _explain(error), now)
+        elif reply.call == _LOAD:
+            self._on_ready(worker, reply.future.result(), now)
+        elif reply.call == _PING:
+            worker.pinged_at, worker.answered_at = None, now
+        else:
+            self._on_decoded(worker, reply.call, reply.future.result(), now)
+
+    def _on_ready(self, worker: _Worker, pid: int, now: float) -> None:
+        worker.pid = pid
+        worker.answered_at = worker.head_since = now
+        self._num_failed_starts = 0
+        _log.info("worker ready number=%d pid=%d seconds=%.2f", worker.number, pid, now - worker.started_at)
+
+    def _on_decoded(self, worker: _Worker, call: int, decoded: list[DecodedWindow], now: float) -> None:
+        jobs = worker.calls.pop(call)
+        self._window_s = 0.5 * self._window_s + 0.5 * (now - worker.head_since) / len(jobs)
+        worker.head_since = now
+        self._num_decoded += sum(window.samples is not None for window in decoded)
+        owned = [_owned(window) for window in decoded]
+        with self._changed:
+            for window in owned:
+                self._answer(window)
+
+    def _answer(self, window: DecodedWindow) -> None:
+        """Hand a window to `poll`, unless its sequence was cancelled. Needs the lock."""
+        indices = self._unanswered.get(window.sequence_id)
+        if indices is None or window.index not in indices:
+            return
+        indices.remove(window.index)
+        if not indices:
+            del self._unanswered[window.sequence_id]
+        self._done.append(window)
+        self._news = True
+
+    def _is_wanted(self, job: _Job) -> bool:
+        return job.window.index in self._unanswered.get(job.window.sequence_id, ())
+
+    def _fail(self, job: _Job, cause: str) -> None:
+        """Answer a window with VocoderLost. Needs the lock."""
+        sequence_id, index = job.window.sequence_id, job.window.index
+        error = VocoderLost(f"window {index} of sequence {sequence_id} was not decoded: {cause}")
+        self._answer(DecodedWindow(sequence_id, index, None, error))
+
+    def _fail_queued(self, cause: str) -> None:
+        for job in (*self._first, *self._rest):
+            self._fail(job, cause)
+        self._first.clear()
+        self._rest.clear()
+
+    # Life and death of workers.
+
+    def _start_workers(self, now: float) -> None:
+        """Bring the pool up to min_workers, unless a failed start says to wait."""
+        while len(self._workers) < self._options.min_workers and now >= self._next_start_at:
+            self._start_worker(now)
+
+    def _start_worker(self, now: float) -> None:
+        options = self._options
+        number, self._next_number = self._next_number, self._next_number + 1
+        try:
+            handle = self._actor_class.remote()
+            worker = self._workers[number] = _Worker(number, handle, now)
+            load = handle.load.remote(self._recipe, num_threads=max(1, int(options.cpus_per_worker)))
+        except RayError as error:
+            self._workers.pop(number, None)
+            self._on_failed_start(EngineError(f"no vocoder worker could be started: {_explain(error)}"), now)
+            return
+        _log.info("worker starting number=%d workers=%d", number, len(self._workers))
+        self._call(worker, _LOAD, load)
+
+    def _check_workers(self, now: float) -> None:
+        """Give up workers that are late with an answer, and ask the others how they are."""
+        options = self._options
+        for worker in list(self._workers.values()):
+            if worker.pid is None:
+                if now - worker.started_at > options.start_timeout_s:
+                    self._lose(worker, self._late_start(), now)
+            elif worker.calls and now - worker.head_since > options.decode_timeout_s:
+                late = EngineError(f"no samples within decode_timeout_s ({options.decode_timeout_s})")
+                self._lose(worker, late, now)
+            elif worker.pinged_at is not None:
+                if now - worker.pinged_at > options.health_timeout_s:
+                    silent = EngineError(f"no answer within health_timeout_s ({options.health_timeout_s})")
+                    self._lose(worker, silent, now)
+            elif now - worker.answered_at > options.health_interval_s:
+                self._ping(worker, now)
+
+    def _late_start(self) -> EngineError:
+        options = self._options
+        return EngineError(
+            f"a vocoder worker was not ready within start_timeout_s ({options.start_timeout_s}): it needs "
+            f"{options.cpus_per_worker} CPUs and {options.gpus_per_worker} GPUs free in the Ray cluster (see "
+            "`ray status`); free some, ask for less per worker, or raise the limit"
+        )
+
+    def _ping(self, worker: _Worker, now: float) -> None:
+        try:
+            ref = worker.handle.ping.options(concurrency_group="health").remote()
+        except RayError as error:
+            self._lose(worker, _explain(error), now)
+            return
+        worker.pinged_at = now
+        self._call(worker, _PING, ref)
+
+    def _lose(self, worker: _Worker, cause: EngineError, now: float) -> None:
+        """Put a dead or stuck worker's windows back in front, and have it replaced."""
+        del self._workers[worker.number]
+        _kill(worker)
+        number, pid = worker.number, worker.pid
+        _log.info("worker lost number=%d pid=%s windows=%d cause=%s", number, pid, len(worker.jobs()), cause)
+        if worker.pid is None:
+            self._on_failed_start(cause, now)
+            return
+        self._num_restarts += 1
+        # Calls are decoded in order, so the oldest is the one that may have done it; the next is innocent.
+        oldest = next(iter(worker.calls.values()), [])
+        for job in oldest:
+            job.num_lost += 1
+        with self._changed:
+            for job in reversed(worker.jobs()):
+                if job.num_lost >= _MAX_LOST_WORKERS_PER_WINDOW:
+                    self._fail(job, f"{job.num_lost} workers were lost over it, the last one by: {cause}")
+                elif self._is_wanted(job):
+                    (self._rest if job.window.index else self._first).appendleft(job)
+
+    def _on_failed_start(self, cause: EngineError, now: float) -> None:
+        first, longest = _BACK_OFF_S
+        self._next_start_at = now + min(longest, first * 2 ** min(self._num_failed_starts, 10))
+        self._num_failed_starts += 1
+        if not self._started:
+            self._fatal = cause
+        elif not self._workers:
+            with self._changed:
+                self._fail_queued(f"no worker could be started: {cause}")
+
+    def _scale(self, now: float) -> None:
+        """Replace what was lost, grow while more waits than the next calls will take, shrink when idle."""
+        options = self._options
+        self._start_workers(now)
+        num_ready = sum(worker.pid is not None for worker in self._workers.values())
+        with self._changed:
+            num_queued = len(self._first) + len(self._rest)
+        if num_queued <= _MAX_CALLS_PER_WORKER * num_ready * self._windows_per_call():
+            self._crowded_since = None
+        elif self._crowded_since is None:
+            self._crowded_since = now
+        # One new worker at a time: whether two are needed shows once the first one helps.
+        crowded = self._crowded_since is not None and now - self._crowded_since >= _GROW_AFTER_S
+        if crowded and num_ready == len(self._workers) < options.max_workers and now >= self._next_start_at:
+            self._start_worker(now)
+        self._shrink(now)
+
+    def _shrink(self, now: float) -> None:
+        for worker in sorted(self._workers.values(), key=lambda worker: -worker.number):
+            if len(self._workers) <= self._options.min_workers:
+                return
+            idle = worker.pid is not None and not worker.calls
+            if idle and now - worker.head_since >= self._options.idle_timeout_s:
+                del self._workers[worker.number]
+                _kill(worker)
+                number, pid = worker.number, worker.pid
+                _log.info("worker stopped number=%d pid=%s workers=%d", number, pid, len(self._workers))
+
+    # Sending.
+
+    def _windows_per_call(self) -> int:
+        if self._window_s <= 0:
+            return 1
+        return max(1, min(self._options.max_windows_per_call, int(_CALL_TARGET_S / self._window_s)))
+
+    def _dispatch(self, now: float) -> None:
+        """Fill the workers' calls, always the one with the least to do first."""
+        while free := self._free_workers():
+            worker = min(free, key=lambda w: (len(w.calls), len(w.jobs()), w.number))
+            with self._changed:
+                jobs = self._next_jobs(len(free))
+            if not jobs:
+                return
+            call, self._next_call = self._next_call, self._next_call + 1
+            if not worker.calls:
+                worker.head_since = now
+            worker.calls[call] = jobs
+            try:
+                ref = worker.handle.decode.remote([job.window for job in jobs])
+            except RayError as error:
+                self._lose(worker, _explain(error), now)
+                continue
+            self._call(worker, call, ref)
+
+    def _next_jobs(self, num_free: int) -> list[_Job]:
+        """The next call's windows. Needs the lock.
+
+        A window that a worker died over goes alone, so that it takes no neighbour with it. On the CPU a first
+        window does too: a call's windows are decoded one by one there, and its samples leave at the end.
+        """
+        queue = self._first or self._rest
+        limit = min(self._windows_per_call(), math.ceil((len(self._first) + len(self._rest)) / num_free))
+        if queue is self._first and self._recipe.device == "cpu":
+            limit = 1
+        jobs: list[_Job] = []
+        while queue and len(jobs) < limit and not (jobs and queue[0].num_lost):
+            jobs.append(queue.popleft())
+            if jobs[0].num_lost:
+                break
+        return jobs
+
+
+def _actor_class(options: RayPoolOptions) -> Any:
+    """The worker as Ray starts it: calls run one by one, but pings in a thread of their own."""
+    remote: Any = ray.remote  # its type stubs do not know concurrency_groups
+    return remote(
+        num_cpus=options.cpus_per_worker,
+        num_gpus=options.gpus_per_worker,
+        max_restarts=0,
+        max_task_retries=0,
+        max_concurrency=1,
+        concurrency_groups={"health": 1},
+    )(DecodeWorker)
+
+
+def _owned(window: DecodedWindow) -> DecodedWindow:
+    """A window with its own samples: Ray's are read-only views, and one keeps a whole call in its store."""
+    if window.samples is None:
+        return window
+    return DecodedWindow(window.sequence_id, window.index, np.array(window.samples))
+
+
+def _kill(worker: _Worker) -> None:
+    try:
+        ray.kill(worker.handle, no_restart=True)
+    except RayError:
+        _log.debug("worker already gone number=%d", worker.number)
+
+
+def _explain(error: BaseException) -> EngineError:
+    """What Ray raised, as an error of ours: the worker's own where it is one, else Ray's words."""
+    cause: BaseException = error.cause if isinstance(error, RayTaskError) else error
+    if isinstance(cause, ModelLoadError):
+        return ModelLoadError(str(cause))
+    # Indented lines are Ray's own ids, and past the first few hundred characters it gives general advice.
+    words = " ".join(line.strip() for line in str(cause).splitlines() if not line.startswith("\t"))
+    return EngineError(f"{type(cause).__name__}: {words[:240]}")
+
+
+def _connect(options: RayPoolOptions) -> bool:
+    """Join Ray or start it; False where this process had done so before, so that it is not ours to shut down.
+
+    Raises: EngineError.
+    """
+    if ray.is_initialized():
+        return False
+    # Nothing phones home. And a worker that asks for no GPU (it shares the engine's) still sees it.
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    if options.address is not None:
+        _check_cluster(options.address)
+    try:
+        with _quiet_ray():
+            if options.address is None:
+                _start_local_ray(options)
+            else:
+                ray.init(options.address, log_to_driver=False, configure_logging=False)
+    except (RayError, RuntimeError, ConnectionError, OSError, ValueError) as error:
+        where = "a local Ray" if options.address is None else f"the Ray cluster at {options.address}"
+        raise EngineError(
+            f"{where} could not be used: {error}; see its logs (/tmp/ray/session_latest/logs), "
+            "or use the inline vocoder"
+        ) from error
+    return True
+
+
+def _start_local_ray(options: RayPoolOptions) -> None:
+    temp_dir = None
+    if "RAY_TMPDIR" not in os.environ and len(tempfile.gettempdir()) > _MAX_TEMP_DIR_CHARS:
+        temp_dir = "/tmp/ray"
+    ray.init(
+        address="local",
+        # Logical CPUs only count what may run. One worker more: a dead one's share comes back a little late.
+        num_cpus=max(1, math.ceil((options.max_workers + 1) * options.cpus_per_worker)),
+        object_store_memory=_OBJECT_STORE_BYTES,
+        include_dashboard=False,
+        log_to_driver=False,
+        configure_logging=False,
+        _temp_dir=temp_dir,
+    )
+
+
+@contextmanager
+def _quiet_ray() -> Iterator[None]:
+    """Keep ray.init's notices (no signal handler, token authentication) out of the log; errors stay."""
+    logger = logging.getLogger("ray")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+def _check_cluster(address: str) -> None:
+    """Fail fast where ray.init would try for minutes: at an address where nobody, or somebody else, listens.
+
+    Raises: EngineError.
+    """
+    remedy = (
+        "start one there with `ray start --head --port=6379`, join this machine to it with "
+        "`ray start --address=HOST:6379`, check the firewall, or leave the address unset for a local Ray"
+    )
+    if address != "auto":
+        host, separator, port = address.rpartition(":")
+        if not separator or not host or not port.isdecimal() or "/" in host:
+            raise EngineError(f"Ray address {address!r} is not of the form HOST:PORT (or 'auto')")
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), timeout=_CONNECT_TIMEOUT_S).close()
+        except (OSError, OverflowError) as error:
+            raise EngineError(f"no Ray cluster answers at {address} ({error}): {remedy}") from error
+    # That a port is open does not make it Ray's. A child process can be given a time limit, ray.init cannot.
+    trial = [
+        sys.executable,
+        "-c",
+        f"import ray; ray.init({address!r}, log_to_driver=False, configure_logging=False)",
+    ]
+    try:
+        done = subprocess.run(trial, capture_output=True, text=True, timeout=_TRIAL_TIMEOUT_S, check=False)
+    except subprocess.TimeoutExpired as error:
+        raise EngineError(
+            f"what listens at {address} let nobody join a Ray cluster within {_TRIAL_TIMEOUT_S} s: {remedy}"
+        ) from error
+    if done.returncode != 0:
+        last = done.stderr.strip().splitlines()[-1:] or [f"exit status {done.returncode}"]
+        raise EngineError(f"the Ray cluster at {address} could not be joined ({last[0]}): {remedy}")
