@@ -30,9 +30,9 @@ _SILENCE_DBFS = -60.0
 # Full scale is 1. Lossy decoders overshoot it a little; integers that were cast and not scaled do so by far.
 _MAX_PEAK = 16.0
 
-# The resampler's low pass: zero crossings each side, Kaiser's beta (stop band below -100 dB), the middle of the
-# transition as a share of the lower Nyquist frequency, and how finely the kernel is tabulated: read by linear
-# interpolation it is right to 2e-6.
+# The resampler's low pass: zero crossings each side, Kaiser's beta (stop band below -100 dB), the middle of
+# the transition as a share of the lower Nyquist frequency, and how finely the kernel is tabulated: read by
+# linear interpolation it is right to 2e-6.
 _ZERO_CROSSINGS = 48
 _TABLE_STEPS = 1024  # for each zero crossing
 _KAISER_BETA = 10.0
@@ -91,8 +91,8 @@ def _check_rate(sample_rate_hz: object) -> None:
 
 
 def _check_shape(audio: object, sample_rate_hz: int, *, min_s: float, max_s: float) -> None:
-    if not isinstance(audio, np.ndarray | np.generic) or audio.dtype.kind != "f":
-        kind = audio.dtype if isinstance(audio, np.ndarray | np.generic) else type(audio).__name__
+    if not isinstance(audio, np.ndarray) or audio.dtype.kind != "f":
+        kind = audio.dtype if isinstance(audio, np.ndarray) else type(audio).__name__
         raise _invalid(f"is {kind}: it must be a numpy array of floats, full scale at 1.0")
     if audio.ndim not in (1, 2):
         raise _invalid(f"has {audio.ndim} dimensions: it must be [num_samples] or [num_samples, channels]")
@@ -117,8 +117,8 @@ def _check_length(num_samples: int, sample_rate_hz: int, *, min_s: float, max_s:
 def resample(audio: NDArray[np.float64], rate_hz: int, *, target_rate_hz: int) -> NDArray[np.float64]:
     """Resample [S] to [ceil(S * target_rate_hz / rate_hz)] by a polyphase windowed sinc.
 
-    Beyond its ends the audio is zero. Output n lies at input position n * down / up; outputs that share n modulo
-    up share one filter, made when its turn comes, so memory does not grow with the ratio's terms.
+    Beyond its ends the audio is zero. Output n lies at input position n * down / up; outputs that share n
+    modulo up share one filter, made when its turn comes, so memory does not grow with the ratio's terms.
     """
     if rate_hz == target_rate_hz:
         return audio.copy()
