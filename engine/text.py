@@ -1,8 +1,9 @@
 """Text before the model: cleaning, checking, English normalisation, cutting into segments.
 
-Owns what every request's text goes through before any tokenizer or phonemizer sees it. It knows no voice and no
-model, never touches torch, and never raises on odd characters: only `check_text` refuses a text. The English rules
-are one table, `_RULES`, read top to bottom; each rule leaves words behind, so a later one sees no trace of it.
+Owns what every request's text goes through before any tokenizer or phonemizer sees it. It knows no voice and
+no model, never touches torch, and never raises on odd characters: only `check_text` refuses a text. The
+English rules are one table, `_RULES`, read top to bottom; each leaves words behind, so a later one sees no
+trace of it.
 """
 
 from __future__ import annotations
@@ -40,17 +41,20 @@ def is_speakable(text: str) -> bool:
 def check_text(text: str, *, max_chars: int) -> None:
     """Refuse what cannot be spoken.
 
-    Raises: InvalidRequest (param "text") when nothing in it can be said, TooLong above `max_chars` characters.
+    Raises: InvalidRequest (param "text") when nothing in it can be said, TooLong above `max_chars`.
     """
     if not text.strip():
         raise InvalidRequest("text is empty: send at least one word", param="text")
     if len(text) > max_chars:
         raise TooLong(
-            f"text has {len(text)} characters, the limit is {max_chars}: send it in several requests", param="text"
+            f"text has {len(text)} characters, the limit is {max_chars}: send it in several requests",
+            param="text",
         )
     if not is_speakable(text):
         shown = text if len(text) <= 20 else text[:20] + "…"
-        raise InvalidRequest(f"text {shown!r} has no letter and no digit: send at least one word", param="text")
+        raise InvalidRequest(
+            f"text {shown!r} has no letter and no digit: send at least one word", param="text"
+        )
 
 
 # Numbers in words.
@@ -114,12 +118,16 @@ _NUM = r"(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?"
 
 _SPOKEN_IN_ADDRESS = MappingProxyType(
     {
-        ".": "dot", "/": "slash", "-": "dash", "_": "underscore", "@": "at", "?": "question mark", "=": "equals",
+        ".": "dot", "/": "slash", "-": "dash", "_": "underscore", "@": "at", "?": "question mark",
+        "=": "equals",
         "&": "and", "#": "hash", ":": "colon", "+": "plus", "%": "percent", "~": "tilde",
     }
 )  # fmt: skip
 _DOMAINS = "com|org|net|edu|gov|mil|int|io|ai|dev|app|co|uk|de|fr|eu|info|biz|tv|ly|gg|ch|nl|jp|ca"
-_EXTENSIONS = "py|js|ts|json|txt|md|csv|html|css|pdf|wav|mp3|mp4|zip|png|jpg|jpeg|gif|yaml|yml|toml|cpp|exe|sh|docx?|xlsx?"
+_EXTENSIONS = (
+    "py|js|ts|json|txt|md|csv|html|css|pdf|wav|mp3|mp4|zip|png|jpg|jpeg|gif|yaml|yml|toml|cpp|exe|sh|docx?"
+    "|xlsx?"
+)
 
 
 def _address(match: Match) -> str:
@@ -138,8 +146,8 @@ def _address(match: Match) -> str:
 # Dates and times.
 
 _MONTHS = (
-    "January", "February", "March", "April", "May", "June", "July", "August", "September", "October", "November",
-    "December",
+    "January", "February", "March", "April", "May", "June", "July", "August", "September", "October",
+    "November",     "December",
 )  # fmt: skip
 _MONTH = (
     r"(Jan(?:uary)?|Feb(?:ruary)?|Mar(?:ch)?|Apr(?:il)?|May|June?|July?|Aug(?:ust)?|Sept?(?:ember)?|Oct(?:ober)?"
@@ -269,13 +277,17 @@ _UNITS = MappingProxyType(
         "bit": "bit", "kbit": "kilobit", "Mbit": "megabit", "Gbit": "gigabit",
         "Hz": "hertz", "kHz": "kilohertz", "MHz": "megahertz", "GHz": "gigahertz",
         "V": "volt", "mV": "millivolt", "W": "watt", "kW": "kilowatt", "MW": "megawatt", "GW": "gigawatt",
-        "kWh": "kilowatt hour", "A": "amp", "mA": "milliamp", "mAh": "milliamp hour", "J": "joule", "kJ": "kilojoule",
-        "cal": "calorie", "kcal": "kilocalorie", "N": "newton", "Pa": "pascal", "kPa": "kilopascal", "dB": "decibel",
+        "kWh": "kilowatt hour", "A": "amp", "mA": "milliamp", "mAh": "milliamp hour", "J": "joule",
+        "kJ": "kilojoule",
+        "cal": "calorie", "kcal": "kilocalorie", "N": "newton", "Pa": "pascal", "kPa": "kilopascal",
+        "dB": "decibel",
         "px": "pixel", "ha": "hectare", "°": "degree", "°C": "degree Celsius",
         "°F": "degree Fahrenheit", "ºC": "degree Celsius", "ºF": "degree Fahrenheit",
         "mph": "mile per hour", "km/h": "kilometer per hour", "kph": "kilometer per hour",
-        "kmh": "kilometer per hour", "m/s": "meter per second", "mpg": "mile per gallon", "rpm": "revolution per minute",
-        "fps": "frame per second", "bpm": "beat per minute", "dpi": "dot per inch", "Mbps": "megabit per second",
+        "kmh": "kilometer per hour", "m/s": "meter per second", "mpg": "mile per gallon",
+        "rpm": "revolution per minute",
+        "fps": "frame per second", "bpm": "beat per minute", "dpi": "dot per inch",
+        "Mbps": "megabit per second",
         "Gbps": "gigabit per second", "kbps": "kilobit per second", "MB/s": "megabyte per second",
         "GB/s": "gigabyte per second",
         "m2": "square meter", "m²": "square meter", "km2": "square kilometer", "km²": "square kilometer",
@@ -316,7 +328,10 @@ def _unit_words(unit: str, *, one: bool) -> str:
 
 # Other numbers.
 
-_YEAR_CUE = r"\b(in|since|by|from|until|till|during|year|before|after|around|circa|of|early|late|mid|spring|summer|fall|autumn|winter)"
+_YEAR_CUE = (
+    r"\b(in|since|by|from|until|till|during|year|before|after|around|circa|of|early|late|mid|spring|summer"
+    r"|fall|autumn|winter)"
+)
 _FRACTIONS = MappingProxyType({2: ("half", "halves"), 4: ("quarter", "quarters")})
 
 
@@ -390,17 +405,20 @@ _TITLES = MappingProxyType(
 )  # fmt: skip
 _ANYWHERE = MappingProxyType(
     {
-        "etc": "et cetera", "vs": "versus", "approx": "approximately", "dept": "department", "est": "established",
+        "etc": "et cetera", "vs": "versus", "approx": "approximately", "dept": "department",
+        "est": "established",
         "jr": "junior", "sr": "senior", "inc": "incorporated", "ltd": "limited", "corp": "corporation",
         "ave": "avenue", "blvd": "boulevard", "rd": "road", "st": "street", "dr": "drive", "tel": "telephone",
         "govt": "government", "assn": "association", "misc": "miscellaneous", "incl": "including", "al": "al",
-        "ca": "circa", "cf": "compare", "bros": "brothers", "mt": "mount", "univ": "university", "co": "company",
+        "ca": "circa", "cf": "compare", "bros": "brothers", "mt": "mount", "univ": "university",
+        "co": "company",
     }
 )  # fmt: skip
 _MAY_END = frozenset("etc jr sr inc ltd corp co bros ave blvd rd st dr al".split())
 _BEFORE_NUMBER = MappingProxyType(
     {
-        "no": "number", "nos": "numbers", "vol": "volume", "fig": "figure", "figs": "figures", "ch": "chapter",
+        "no": "number", "nos": "numbers", "vol": "volume", "fig": "figure", "figs": "figures",
+        "ch": "chapter",
         "sec": "section", "pp": "pages", "p": "page", "eq": "equation", "ver": "version", "v": "version",
         "art": "article", "ex": "example",
     }
@@ -462,12 +480,17 @@ def _initials(match: Match) -> str:
 
 # Initialisms that have a vowel, and would pass for a word; those without one are spelt anyway.
 _SPELT = frozenset(
-    "USB CPU GPU TPU API URL URI UI UX AI ID IP IDE ISP USA UK EU UN UAE FBI CIA IRS NBA NFL AWS SDK SEO CEO CFO CTO "
-    "COO HR PR VIP ATM BBC ABC CBS CNN ESPN ETA FAQ FYI DIY DNA RNA EEG EKG ECG MRI ICU HIV IQ IPO IOS OS OCR OEM "
-    "PPI APR SUV UFO UV VPN XML YML ASR TTS EOS BOS EOF IO GPIO UTC EST AKA AC DC FM BC MIT UCLA UPS UPC IBM GUI CLI "
+    "USB CPU GPU TPU API URL URI UI UX AI ID IP IDE ISP USA UK EU UN UAE FBI CIA IRS NBA NFL AWS SDK SEO "
+    "CEO CFO CTO "
+    "COO HR PR VIP ATM BBC ABC CBS CNN ESPN ETA FAQ FYI DIY DNA RNA EEG EKG ECG MRI ICU HIV IQ IPO IOS OS "
+    "OCR OEM "
+    "PPI APR SUV UFO UV VPN XML YML ASR TTS EOS BOS EOF IO GPIO UTC EST AKA AC DC FM BC MIT UCLA UPS UPC "
+    "IBM GUI CLI "
     "NYU UDP IEEE ISO ALU FPGA AAA IOU IUD USD EUR AUD SSID".split()
 )
-_NOT_SPELT = frozenset({"HMM", "SHH", "BRR", "PSST", "NTH", "MR", "MRS", "DR", "ST", "VS", "MS", "PHD", "ZZZ", "GRR"})
+_NOT_SPELT = frozenset(
+    {"HMM", "SHH", "BRR", "PSST", "NTH", "MR", "MRS", "DR", "ST", "VS", "MS", "PHD", "ZZZ", "GRR"}
+)
 
 
 def _acronym(match: Match) -> str:
@@ -483,12 +506,15 @@ def _acronym(match: Match) -> str:
 
 _ROMAN = MappingProxyType(
     {
-        "II": 2, "III": 3, "IV": 4, "V": 5, "VI": 6, "VII": 7, "VIII": 8, "IX": 9, "X": 10, "XI": 11, "XII": 12,
-        "XIII": 13, "XIV": 14, "XV": 15, "XVI": 16, "XVII": 17, "XVIII": 18, "XIX": 19, "XX": 20, "XXI": 21,
-        "XXII": 22, "XXIII": 23,
+        "II": 2, "III": 3, "IV": 4, "V": 5, "VI": 6, "VII": 7, "VIII": 8, "IX": 9, "X": 10, "XI": 11,
+        "XII": 12, "XIII": 13, "XIV": 14, "XV": 15, "XVI": 16, "XVII": 17, "XVIII": 18, "XIX": 19, "XX": 20,
+        "XXI": 21, "XXII": 22, "XXIII": 23,
     }
 )  # fmt: skip
-_NUMBERED = "War|Chapter|Part|Act|Scene|Volume|Phase|Type|Section|Book|Title|Level|Stage|Class|Article|Appendix|Mark|Bowl|Episode|Rocky|Schedule"
+_NUMBERED = (
+    "War|Chapter|Part|Act|Scene|Volume|Phase|Type|Section|Book|Title|Level|Stage|Class|Article|Appendix|Mark"
+    "|Bowl|Episode|Rocky|Schedule"
+)
 _REGAL = (
     "Henry|Elizabeth|Louis|George|Charles|Edward|William|James|Paul|John|Richard|Philip|Napoleon|Catherine|Alexander"
     "|Nicholas|Ivan|Leo|Pius|Benedict|Gregory|Frederick|Ferdinand|Mary|Ramses|Ptolemy|Wilhelm|Innocent|Urban|Clement"
@@ -509,7 +535,8 @@ _SYMBOLS = MappingProxyType(
     {
         "&": " and ", "@": " at ", "#": " hash ", "+": " plus ", "=": " equals ", "<": " less than ",
         ">": " greater than ", "±": " plus or minus ", "×": " times ", "÷": " divided by ", "/": " slash ",
-        "\\": " backslash ", "%": " percent ", "°": " degrees ", "§": " section ", "$": " dollars ", "€": " euros ",
+        "\\": " backslash ", "%": " percent ", "°": " degrees ", "§": " section ", "$": " dollars ",
+        "€": " euros ",
         "£": " pounds ", "¥": " yen ", "₹": " rupees ", "≈": " about ", "≤": " at most ", "≥": " at least ",
         "≠": " is not ", "→": " to ", "∞": " infinity ", "√": " root of ", "µ": " micro ", "π": " pi ",
         "*": " ", "_": " ", "~": " ", "^": " ", "`": " ", "|": ", ", "•": ", ", "·": " ",
@@ -540,33 +567,60 @@ _RULES: tuple[Rule, ...] = (
     # Addresses first: everything inside them would look like something else.
     (_compile(r"\b[\w.+-]{1,64}@[A-Za-z\d-]{1,63}(?:\.[A-Za-z\d-]{1,63})+\b"), _address),
     (_compile(r"\bhttps?://[^\s<>\"]*[^\s<>\".,;:!?)\]}']", _I), _address),
-    (_compile(rf"(?<![\w@.-])(?:[a-z\d-]{{1,63}}\.){{1,5}}(?:{_DOMAINS})\b(?!\.\w)(?:/[^\s<>\"]*[^\s<>\".,;:!?)\]}}'])?"),
-     _address),
+    (
+        _compile(
+            rf"(?<![\w@.-])(?:[a-z\d-]{{1,63}}\.){{1,5}}(?:{_DOMAINS})\b(?!\.\w)(?:/[^\s<>\"]*[^\s<>\".,;:!?)\]}}'])?"
+        ),
+        _address,
+    ),
     (_compile(rf"(?<![\w.])[\w-]{{1,64}}\.(?:{_EXTENSIONS})\b(?!\.\w)"), _address),
     # Dates and times.
     (_compile(r"(?<![\d.-])(\d{4})-(0[1-9]|1[0-2])-(0[1-9]|[12]\d|3[01])(?![\d-])"), _iso_date),
-    (_compile(r"(?<![\d/.])(0?[1-9]|[12]\d|3[01])/(0?[1-9]|[12]\d|3[01])/(\d{4}|\d{2})(?![\d/])"), _slashed_date),
+    (
+        _compile(r"(?<![\d/.])(0?[1-9]|[12]\d|3[01])/(0?[1-9]|[12]\d|3[01])/(\d{4}|\d{2})(?![\d/])"),
+        _slashed_date,
+    ),
     (_compile(rf"\b{_MONTH}\s{_DAY}(?!\d|[.,:]\d)(?:,?\s(1[0-9]\d\d|20\d\d)(?![\d%]))?"), _month_day),
-    (_compile(rf"(?:\bthe\s)?(?<![\d.,:]){_DAY}\s(?:of\s)?{_MONTH}(?:,?\s(1[0-9]\d\d|20\d\d)(?![\d%]))?(?!\w)"),
-     _day_month),
+    (
+        _compile(
+            rf"(?:\bthe\s)?(?<![\d.,:]){_DAY}\s(?:of\s)?{_MONTH}(?:,?\s(1[0-9]\d\d|20\d\d)(?![\d%]))?(?!\w)"
+        ),
+        _day_month,
+    ),
     (_compile(rf"\b{_MONTH},?\s(1[0-9]\d\d|20\d\d)(?![\d%,])"), _month_year),
-    (_compile(r"(?<![\d:.])([01]?\d|2[0-3]):([0-5]\d)(?::([0-5]\d))?(?:\s?([ap])\.?\s?m\b\.?)?(?![\d:])", _I), _time),
+    (
+        _compile(
+            r"(?<![\d:.])([01]?\d|2[0-3]):([0-5]\d)(?::([0-5]\d))?(?:\s?([ap])\.?\s?m\b\.?)?(?![\d:])", _I
+        ),
+        _time,
+    ),
     (_compile(r"(?<![\d:.,])(0?[1-9]|1[0-2])\s?([ap])\.?m\b\.?", _I), _hour),
     # Money, percentages, telephone numbers, units.
     (_compile(rf"([$£€¥₹])\s?({_NUM})\s?[-–—]\s?[$£€¥₹]?({_NUM}){_MAGNITUDE}", _I), _money_range),
     (_compile(rf"([-−](?=[$£€¥₹]))?([$£€¥₹])\s?({_NUM}){_MAGNITUDE}", _I), _money),
     (_compile(rf"(?<![\w.,])([-+]?{_NUM})(?:\s?[-–—]\s?({_NUM}))?\s?%"), _percent),
-    (_compile(r"(?<![\w.-])(?:\+\d{1,3}[\s.-]?|1[\s.-])?(?:\(\d{3}\)\s?|\d{3}[.-])?\d{3}[.-]\d{4}(?![\w-]|\.\d)"), _phone),
+    (
+        _compile(
+            r"(?<![\w.-])(?:\+\d{1,3}[\s.-]?|1[\s.-])?(?:\(\d{3}\)\s?|\d{3}[.-])?\d{3}[.-]\d{4}(?![\w-]|\.\d)"
+        ),
+        _phone,
+    ),
     (_compile(r"(?<!\w)\+\d{1,3}(?:[\s.-]?\d{2,4}){2,5}(?!\w)"), _phone),
     (_compile(r"(?<![\w.,])'?(1[1-9]|20)?(\d0)'?s\b"), _decade),
     (_compile(r"(?<![\w.,])(\d)'\s?(\d\d?)(?:\"|'')"), _feet_and_inches),
     (_compile(rf"(?<![\w.,])([-+]?{_NUM})(?:\s?[-–—]\s?({_NUM}))?(\s?|-)({_UNIT})(?![\w°²³]|/\w)"), _unit),
     (re.compile("[²³]"), _power),
     # Numbers of a special shape.
-    (_compile(rf"\b({'|'.join(_BEFORE_NUMBER)})\.\s?(?=\d)", _I), lambda m: _BEFORE_NUMBER[m.group(1).lower()] + " "),
+    (
+        _compile(rf"\b({'|'.join(_BEFORE_NUMBER)})\.\s?(?=\d)", _I),
+        lambda m: _BEFORE_NUMBER[m.group(1).lower()] + " ",
+    ),
     (_compile(r"\bv(?=\d)"), _constant("version ")),
     (_compile(r"(?<![\w.,])(\d{1,3}(?:,\d{3})+|\d+)(?:st|nd|rd|th)\b", _I), _ordinal_rule),
-    (_compile(r"(?<![\w.,$-])(1[1-9]\d\d|20\d\d)\s?[-–—]\s?(1[1-9]\d\d|20\d\d|\d\d)(?![\w-]|[.,]\d)"), _year_range),
+    (
+        _compile(r"(?<![\w.,$-])(1[1-9]\d\d|20\d\d)\s?[-–—]\s?(1[1-9]\d\d|20\d\d|\d\d)(?![\w-]|[.,]\d)"),
+        _year_range,
+    ),
     (_compile(rf"(?<![\w.,-])({_NUM})\s?[-–—]\s?({_NUM})(?![\w-]|[.,]\d)"), _range),
     (_compile(r"(?<![\w./,])(?:(\d{1,3})\s)?(\d{1,2})\s?[/⁄]\s?(\d{1,3})(?![\w/]|\.\d)"), _fraction),
     (_compile(r"(?<![\w.,])\d{1,5}(?:\.\d{1,5}){2,6}(?![\w]|\.\d)"), _version),
@@ -619,7 +673,8 @@ _RULES: tuple[Rule, ...] = (
 
 _PLAIN_MARKS = str.maketrans(
     {
-        "’": "'", "‘": "'", "ʼ": "'", "‛": "'", "′": "'", "“": '"', "”": '"', "„": '"', "‟": '"', "«": '"', "»": '"',
+        "’": "'", "‘": "'", "ʼ": "'", "‛": "'", "′": "'",
+        "“": '"', "”": '"', "„": '"', "‟": '"', "«": '"', "»": '"',
         "″": '"', "−": "-", "‐": "-", "‑": "-", "‒": "–", "―": "—", "½": " 1/2 ", "¼": " 1/4 ", "¾": " 3/4 ",
         "⅓": " 1/3 ", "⅔": " 2/3 ", "⅛": " 1/8 ", "№": "No. ", "…": "...",
     }
@@ -679,30 +734,39 @@ def normalize_english(text: str) -> str:
 # Segments.
 
 _SENTENCE_END = re.compile(r"""(?:(?<![.!?…])[.!?…]+["'”’»)\]]*(?=\s))|(?:[。！？｡]+["'”’」』）】]*)""")
-_CLAUSE_END = re.compile(r"""(?:[,;:…—–]["'”’»)\]]*(?=\s))|(?:[，；：、､]["'”’」』）】]*)|(?<=[^\d\s])[—–](?=[^\d\s])""")
+_CLAUSE_END = re.compile(
+    r"""(?:[,;:…—–]["'”’»)\]]*(?=\s))|(?:[，；：、､]["'”’」』）】]*)|(?<=[^\d\s])[—–](?=[^\d\s])"""
+)
 _LAST_WORD = re.compile(r"[^\s(\[\"'“‘]*$")
 _NEVER_LAST = frozenset(
-    "dr mr mrs ms prof st gen col capt sgt lt rev gov sen rep hon mt ft pres e.g i.e vs no nos vol fig figs pp p cf ca "
+    "dr mr mrs ms prof st gen col capt sgt lt rev gov sen rep hon mt ft pres e.g i.e vs no nos vol fig "
+    "figs pp p cf ca "
     "approx jan feb mar apr jun jul aug sep sept oct nov dec".split()
 )
-_SELDOM_LAST = frozenset("etc inc ltd co corp jr sr u.s u.k u.n e.u a.m p.m u.s.a ph.d dept ave blvd rd al".split())
+_SELDOM_LAST = frozenset(
+    "etc inc ltd co corp jr sr u.s u.k u.n e.u a.m p.m u.s.a ph.d dept ave blvd rd al".split()
+)
 _SENTENCE_STARTERS = frozenset(
-    "The A An It He She They We I You This That These Those There Here In On At But And So If When While What Why How "
-    "Who Where Then For From After Before As My Our Your His Her Its Their No Yes Not One Some Most All".split()
+    "The A An It He She They We I You This That These Those There Here In On At But And So If When While "
+    "What Why How "
+    "Who Where Then For From After Before As My Our Your His Her Its Their No Yes Not One Some Most "
+    "All".split()
 )
 
 
 def segment(text: str, *, max_chars: int = 120, min_chars: int = 15) -> list[str]:
     """Cut a text into pieces of at most `max_chars` characters, each to be spoken on its own.
 
-    Cuts at sentence ends first, then inside what is still too long at clause punctuation, then at spaces; only a
-    word longer than `max_chars`, or a script without spaces, is cut anywhere. Sentences under `min_chars` join a
-    neighbour where both fit. Every character that is no space is kept, in order.
+    Cuts at sentence ends first, then inside what is still too long at clause punctuation, then at spaces;
+    only a word longer than `max_chars`, or a script without spaces, is cut anywhere. Sentences under
+    `min_chars` join a neighbour where both fit. Every character that is no space is kept, in order.
 
     Raises: InvalidRequest when `max_chars` is below 1.
     """
     if max_chars < 1:
-        raise InvalidRequest(f"max_chars is {max_chars}: a piece holds at least 1 character", param="max_chars")
+        raise InvalidRequest(
+            f"max_chars is {max_chars}: a piece holds at least 1 character", param="max_chars"
+        )
     pieces = [
         piece
         for sentence in _sentences(" ".join(text.split()))
@@ -750,7 +814,7 @@ def _fitting(text: str, *, max_chars: int, min_chars: int) -> Iterator[str]:
 
 
 def _best_cut(text: str, *, max_chars: int, min_chars: int) -> int:
-    """Where to cut: nearest to equal parts, at a clause end if one is not too near either end, else at a space."""
+    """Where to cut: nearest to equal parts, at a clause end not too near either end, else at a space."""
     num_parts = -(-len(text) // max_chars)
     target = len(text) / num_parts
     # One character more: the look-ahead of a mark at the very limit.
@@ -769,13 +833,17 @@ def _best_cut(text: str, *, max_chars: int, min_chars: int) -> int:
     # An accent stays with its letter.
     while cut > 1 and unicodedata.combining(text[cut]):
         cut -= 1
-    return cut
+    return cut if cut > 1 else max_chars
 
 
 def _joined(pieces: list[str], *, max_chars: int, min_chars: int) -> list[str]:
     joined: list[str] = []
     for piece in pieces:
-        if joined and min(len(joined[-1]), len(piece)) < min_chars and len(joined[-1]) + 1 + len(piece) <= max_chars:
+        if (
+            joined
+            and min(len(joined[-1]), len(piece)) < min_chars
+            and len(joined[-1]) + 1 + len(piece) <= max_chars
+        ):
             joined[-1] = f"{joined[-1]} {piece}"
         else:
             joined.append(piece)
