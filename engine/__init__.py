@@ -45,6 +45,7 @@ __all__ = [
     "SpeechRequest",
     "SpeechResult",
     "TooLong",
+    "Voice",
     "VocoderLost",
     "VoiceNotFound",
 ]
