@@ -1,0 +1,120 @@
+"""The outermost ASGI layer: what every HTTP request gets, whatever becomes of it.
+
+Owns the request id, the headers that all answers carry, and at a request's end one log line and the counts.
+Never reads a body and never changes one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import re
+import time
+import uuid
+from dataclasses import dataclass
+from typing import Literal
+
+from fastapi import Request
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from declaim.api.metrics import ServerMetrics
+
+logger = logging.getLogger(__name__)
+
+SPEECH_PATH = "/v1/audio/speech"
+
+Outcome = Literal["answered", "complete", "cut", "client_gone", "stopped"]
+_UNSAFE_IN_LOG = re.compile(r"[^\x21-\x7e]")
+
+
+@dataclass(slots=True)
+class RequestRecord:
+    """What is known of one HTTP request; filled in as it goes, logged at its end.
+
+    outcome: "answered" in one piece; of a stream "complete", "cut" (the engine failed), "client_gone", or
+    "stopped" (the server was shut down).
+    """
+
+    request_id: str
+    began_s: float  # time.perf_counter()
+    status: int = 500
+    outcome: Outcome = "answered"
+    # set by speech
+    chars: int | None = None
+    ttfa_s: float | None = None
+    audio_s: float = 0.0
+    error: str | None = None
+
+
+def record_of(request: Request) -> RequestRecord:
+    """The record that AccessLayer opened for this request."""
+    record = request.state.record
+    if not isinstance(record, RequestRecord):
+        raise TypeError("request.state.record was overwritten")
+    return record
+
+
+class AccessLayer:
+    """Wraps the whole application, so that even the answer to an unexpected exception has its request id."""
+
+    def __init__(self, app: ASGIApp, metrics: ServerMetrics) -> None:
+        self._app = app
+        self._metrics = metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        record = RequestRecord(f"req_{uuid.uuid4().hex}", time.perf_counter())
+        scope.setdefault("state", {})["record"] = record
+
+        async def send_with_headers(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                record.status = message["status"]
+                headers = MutableHeaders(scope=message)
+                headers["x-request-id"] = record.request_id
+                headers["openai-processing-ms"] = str(round((time.perf_counter() - record.began_s) * 1000))
+            await send(message)
+
+        is_speech = scope["path"] == SPEECH_PATH
+        if is_speech:
+            self._metrics.in_flight.inc()
+        try:
+            await self._app(scope, receive, send_with_headers)
+        except asyncio.CancelledError:
+            # Only the server cancels us, when its time to stop is up; it would print a traceback for each.
+            record.outcome = "stopped"
+        finally:
+            if is_speech:
+                self._metrics.in_flight.dec()
+                self._metrics.requests.labels(str(record.status), record.outcome).inc()
+            _log(scope, record, level=logging.INFO if is_speech else logging.DEBUG)
+
+
+def _log(scope: Scope, record: RequestRecord, *, level: int) -> None:
+    wall_s = time.perf_counter() - record.began_s
+    headers = Headers(scope=scope)
+    fields: dict[str, object] = {
+        "event": "request",
+        "request_id": record.request_id,
+        "method": scope["method"],
+        "path": scope["path"],
+        "status": record.status,
+        "outcome": record.outcome,
+        "wall_ms": round(wall_s * 1000),
+    }
+    if record.chars is not None:
+        fields["chars"] = record.chars
+    if record.ttfa_s is not None:
+        fields["ttfa_ms"] = round(record.ttfa_s * 1000)
+        fields["audio_s"] = f"{record.audio_s:.2f}"
+    if record.audio_s > 0.0:
+        fields["rtf"] = f"{wall_s / record.audio_s:.3f}"
+    for name, header in (("retry", "x-stainless-retry-count"), ("client_request_id", "x-client-request-id")):
+        if headers.get(header, "0") != "0":
+            fields[name] = headers[header][:512]
+    line = " ".join(f"{name}={_UNSAFE_IN_LOG.sub('_', str(value))}" for name, value in fields.items())
+    if record.error is not None:
+        line += f" error={record.error!r}"
+    logger.log(level, "%s", line)

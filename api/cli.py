@@ -1,0 +1,292 @@
+"""The command line: `declaim say` speaks into a file, `declaim serve` serves HTTP.
+
+Owns options, what the terminal shows, and exit codes: 0 done, 1 something failed, 2 the command was wrong.
+Every error is one line that ends with what to do. Loads no model itself: an engine comes from a factory.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+from typing import Annotated, Literal, NoReturn
+
+import numpy as np
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.text import Text
+
+from declaim.api.serving import Serving, SpeechEngine
+from declaim.engine import (
+    AudioChunk,
+    DeclaimError,
+    Engine,
+    EngineConfig,
+    InvalidConfig,
+    RequestError,
+    SamplingParams,
+    SpeechRequest,
+)
+from declaim.engine.request import Voice
+
+DEFAULT_MODEL = "lark"
+_DRAIN_S = 10
+# Clients pool connections for a minute or two; closing first makes a request of theirs fail now and then.
+_KEEP_ALIVE_S = 130
+
+DType = Literal["auto", "float32", "float16", "bfloat16"]
+VocoderKind = Literal["inline", "ray"]
+
+
+EngineFactory = Callable[[str, EngineConfig], SpeechEngine]
+
+
+def build_cli(factory: EngineFactory = Engine.from_pretrained) -> typer.Typer:
+    """The commands, with engines made by `factory`."""
+    description = "Serve and speak with autoregressive text-to-speech models."
+    app = typer.Typer(name="declaim", help=description, no_args_is_help=True, add_completion=False)
+
+    @app.command()
+    def say(
+        text: Annotated[str, typer.Argument(help="What to say; - reads it from standard input.")],
+        out: Annotated[Path, typer.Option("-o", "--out", help="The wav file to write.")] = Path("out.wav"),
+        model: Annotated[str, typer.Option(help="A model's name, hub id or folder.")] = DEFAULT_MODEL,
+        voice: Annotated[
+            str | None, typer.Option(help="A voice's name, or a wav file to imitate (with --transcript).")
+        ] = None,
+        transcript: Annotated[str | None, typer.Option(help="What is said in the --voice file.")] = None,
+        seed: Annotated[int | None, typer.Option(help="The same seed gives the same audio.")] = None,
+        temperature: Annotated[float | None, typer.Option(help="0 draws the most likely code.")] = None,
+        top_k: Annotated[int | None, typer.Option(help="Draw from the k likeliest codes; 0 is off.")] = None,
+        top_p: Annotated[float | None, typer.Option(help="Draw from the likeliest p of the mass.")] = None,
+        guidance_scale: Annotated[float | None, typer.Option(help="1 is off.")] = None,
+        max_seconds: Annotated[float | None, typer.Option(help="The longest audio to make.")] = None,
+        speed: Annotated[float, typer.Option(help="1 is the model's own pace.")] = 1.0,
+        device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+        dtype: Annotated[DType, typer.Option(help="The model's arithmetic.")] = "auto",
+        vocoder: Annotated[VocoderKind, typer.Option(help="Where audio is decoded.")] = "inline",
+    ) -> None:
+        """Speak TEXT into a wav file."""
+        try:
+            request = SpeechRequest(
+                text=_read_text(text),
+                voice=_read_voice(voice, transcript=transcript, model=model),
+                sampling=SamplingParams(
+                    seed=seed,
+                    temperature=temperature,
+                    top_k=top_k,
+                    top_p=top_p,
+                    guidance_scale=guidance_scale,
+                    max_seconds=max_seconds,
+                ),
+                speed=speed,
+            )
+            _check_writable(out)
+            engine = factory(model, EngineConfig(device=device, dtype=dtype, vocoder=vocoder))
+            try:
+                _speak(engine, request, out=out)
+            finally:
+                engine.close()
+        except (RequestError, InvalidConfig) as error:
+            _exit_with(str(error), code=2)
+        except (DeclaimError, OSError) as error:
+            _exit_with(str(error), code=1)
+
+    @app.command()
+    def serve(
+        model: Annotated[str, typer.Option(help="A model's name, hub id or folder.")] = DEFAULT_MODEL,
+        host: Annotated[str, typer.Option(help="The address to listen on.")] = "127.0.0.1",
+        port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8000,
+        vocoder: Annotated[
+            Literal["auto", "ray", "inline"],
+            typer.Option(help="Where audio is decoded: in Ray workers or in this process; auto is ray."),
+        ] = "auto",
+        workers: Annotated[str, typer.Option(help="Ray vocoder workers, fewest:most.")] = "1:2",
+        ray_address: Annotated[str | None, typer.Option(help="A running Ray cluster to join.")] = None,
+        device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+        dtype: Annotated[DType, typer.Option(help="The model's arithmetic.")] = "auto",
+        memory_gb: Annotated[
+            float | None, typer.Option(help="For weights, codec and KV cache; by default from what is free.")
+        ] = None,
+        max_batch: Annotated[int, typer.Option(help="Sequences in one step.")] = 32,
+        max_waiting: Annotated[int, typer.Option(help="Sequences that may wait; more are refused.")] = 256,
+        log_level: Annotated[
+            Literal["debug", "info", "warning", "error"], typer.Option(help="The least to log.")
+        ] = "info",
+    ) -> None:
+        """Serve the OpenAI speech API over HTTP."""
+        try:
+            config = EngineConfig(
+                device=device,
+                dtype=dtype,
+                vocoder="inline" if vocoder == "inline" else "ray",
+                max_batch=max_batch,
+                max_waiting=max_waiting,
+                memory_gb=memory_gb,
+                vocoder_workers=_parse_workers(workers),
+                ray_address=ray_address,
+            )
+        except InvalidConfig as error:
+            _exit_with(str(error), code=2)
+        logging.basicConfig(
+            level=log_level.upper(), format="time=%(asctime)s level=%(levelname)s logger=%(name)s %(message)s"
+        )
+        listener = _bind(host, port)
+        url = _url_of(listener)
+        body = f'{{"model":"{model}","input":"Hello.","response_format":"wav"}}'
+        curl = f"curl {url}/v1/audio/speech -H 'content-type: application/json' -d '{body}' -o hello.wav"
+        print(f"declaim serves {model} at {url} as soon as {url}/ready says so; try: {curl}", flush=True)
+        _serve(lambda: factory(model, config), listener)
+
+    return app
+
+
+def main() -> None:
+    """The `declaim` command."""
+    build_cli()()
+
+
+def _exit_with(message: str, *, code: int) -> NoReturn:
+    Console(stderr=True).print(Text(" ".join(message.split()), style="red"), soft_wrap=True)
+    raise typer.Exit(code)
+
+
+def _read_text(argument: str) -> str:
+    text = sys.stdin.read() if argument == "-" else argument
+    if not text.strip():
+        _exit_with("there is nothing to say: give a text, or - and one on standard input", code=2)
+    return text
+
+
+def _read_voice(voice: str | None, *, transcript: str | None, model: str) -> Voice | str | None:
+    """A Voice from a file, a saved voice's name, or None for the model's own."""
+    is_file = voice is not None and (Path(voice).suffix.lower() == ".wav" or Path(voice).is_file())
+    if voice is None or not is_file:
+        if transcript is not None:
+            _exit_with("--transcript says what is said in a wav file: give that file as --voice", code=2)
+        return None if voice in (None, "default", model) else voice
+    if transcript is None:
+        _exit_with(f"--voice {voice} is to be imitated: give --transcript with what is said in it", code=2)
+    import soundfile
+
+    try:
+        audio, rate_hz = soundfile.read(voice, dtype="float32")
+    except soundfile.LibsndfileError as error:
+        _exit_with(f"--voice {voice} cannot be read ({error}): give a wav file", code=2)
+    return Voice(transcript, audio.astype(np.float32, copy=False), rate_hz)
+
+
+def _check_writable(out: Path) -> None:
+    """Before minutes of work, not after."""
+    if not out.parent.is_dir():
+        _exit_with(f"the folder {out.parent} does not exist: make it, or give another -o", code=2)
+    if out.is_dir() or not os.access(out if out.exists() else out.parent, os.W_OK):
+        _exit_with(f"{out} cannot be written: give another -o", code=2)
+
+
+def _speak(engine: SpeechEngine, request: SpeechRequest, *, out: Path) -> None:
+    """Stream one request into a file, and say how fast it went."""
+    import soundfile
+
+    from declaim.api.encode import to_s16
+
+    console = Console(stderr=True)
+    began_s = time.perf_counter()
+    first_s: float | None = None
+    chunks: list[AudioChunk] = []
+    audio_s = 0.0
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(24), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task("speaking", total=None)
+        for chunk in engine.stream(request):
+            if first_s is None:
+                first_s = time.perf_counter() - began_s
+            chunks.append(chunk)
+            audio_s += len(chunk.audio) / chunk.sample_rate_hz
+            progress.update(task, description=f"{audio_s:.1f} s of audio")
+    wall_s = time.perf_counter() - began_s
+    audio = np.concatenate([chunk.audio for chunk in chunks]) if chunks else np.zeros(0, np.float32)
+    with out.open("wb") as file:
+        rate_hz = engine.spec.codec.sample_rate_hz
+        soundfile.write(file, to_s16(audio), rate_hz, format="WAV", subtype="PCM_16")
+    facts = [f"{audio_s:.2f} s of audio in {wall_s:.2f} s"]
+    if audio_s > 0.0:
+        facts.append(f"real-time factor {wall_s / audio_s:.2f}")
+    if first_s is not None:
+        facts.append(f"first audio after {first_s * 1000:.0f} ms")
+    if chunks and chunks[-1].finish_reason == "length":
+        facts.append("cut at the longest audio allowed (--max-seconds)")
+    console.print(Text.assemble((str(out), "bold"), ": ", ", ".join(facts)), soft_wrap=True)
+
+
+def _parse_workers(value: str) -> tuple[int, int]:
+    fewest, colon, most = value.partition(":")
+    if not fewest.isdecimal() or (colon and not most.isdecimal()):
+        _exit_with(f"--workers is {value!r}: give fewest:most, such as 1:2", code=2)
+    return int(fewest), int(most) if colon else int(fewest)
+
+
+def _bind(host: str, port: int) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((host, port))
+        listener.listen(2048)
+    except OSError as error:
+        listener.close()
+        message = f"cannot listen on {host} port {port} ({error.strerror}): give another --port or --host"
+        _exit_with(message, code=1)
+    return listener
+
+
+def _url_of(listener: socket.socket) -> str:
+    host, port = listener.getsockname()[:2]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def _serve(load: Callable[[], SpeechEngine], listener: socket.socket) -> None:
+    """Serve until a signal comes or the model cannot be loaded."""
+    import uvicorn
+
+    from declaim.api.app import create_app
+
+    def stop() -> None:
+        server.should_exit = True
+
+    async def hear_sigterm() -> None:
+        # Ray's C++ side takes SIGTERM for itself when it starts, in the thread that loads: take it back.
+        signal.signal(signal.SIGTERM, server.handle_exit)
+
+    serving = Serving(load, on_failure=stop)
+    config = uvicorn.Config(
+        create_app(serving),
+        log_config=None,
+        log_level="warning",
+        access_log=False,
+        lifespan="on",
+        timeout_keep_alive=_KEEP_ALIVE_S,
+        timeout_graceful_shutdown=_DRAIN_S,
+        callback_notify=hear_sigterm,
+        timeout_notify=0,
+    )
+    server = uvicorn.Server(config)
+    # Uvicorn, once stopped, sends itself the signal again; SIGTERM by default would then skip every clean-up.
+    signal.signal(signal.SIGTERM, _exit_cleanly)
+    try:
+        server.run(sockets=[listener])
+    except KeyboardInterrupt:
+        return
+    if serving.failure is not None:
+        _exit_with(f"the model could not be served: {serving.failure}", code=1)
+
+
+def _exit_cleanly(number: int, frame: FrameType | None) -> NoReturn:
+    sys.exit(0)

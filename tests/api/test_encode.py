@@ -1,0 +1,128 @@
+"""Samples to bytes: the resampler is exact for every cut of the audio, and clients can read the formats."""
+
+from __future__ import annotations
+
+import io
+import wave
+
+import numpy as np
+import pytest
+import soundfile
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.signal import resample_poly
+
+from declaim.api.encode import (
+    ENCODERS,
+    PcmEncoder,
+    Resampler,
+    WavEncoder,
+    design_filter,
+    to_s16,
+    wav_header,
+)
+
+RATES_HZ = [44_100, 16_000, 22_050, 48_000, 32_000]
+
+
+def resampled(audio: np.ndarray, source_rate_hz: int, *, cuts: list[int]) -> np.ndarray:
+    resampler = Resampler(source_rate_hz, 24_000)
+    parts = [resampler.push(part) for part in np.split(audio, sorted(cuts))]
+    return np.concatenate([*parts, resampler.finish()])
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    rate_hz=st.sampled_from(RATES_HZ),
+    num_samples=st.integers(0, 3000),
+    cuts=st.lists(st.integers(0, 3000), max_size=12),
+    seed=st.integers(0, 100),
+)
+def test_any_cut_of_the_audio_resamples_to_the_same_samples(
+    rate_hz: int, num_samples: int, cuts: list[int], seed: int
+) -> None:
+    audio = np.random.default_rng(seed).uniform(-1, 1, num_samples).astype(np.float32)
+    whole = resampled(audio, rate_hz, cuts=[])
+    chunked = resampled(audio, rate_hz, cuts=[min(cut, num_samples) for cut in cuts])
+    assert len(whole) == len(chunked) == -(-num_samples * 24_000 // rate_hz)
+    np.testing.assert_allclose(chunked, whole, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("rate_hz", [44_100, 16_000, 22_050, 48_000])
+def test_the_resampler_is_scipys_polyphase_filter(rate_hz: int) -> None:
+    audio = np.random.default_rng(0).uniform(-1, 1, 5000).astype(np.float32)
+    common = np.gcd(rate_hz, 24_000)
+    up, down = 24_000 // common, rate_hz // common
+    expected = resample_poly(audio.astype(np.float64), up, down, window=design_filter(up, down) / up)
+    np.testing.assert_allclose(resampled(audio, rate_hz, cuts=[777]), expected, rtol=0, atol=1e-6)
+
+
+def test_a_tone_below_10_khz_keeps_its_level_and_one_above_12_khz_is_gone() -> None:
+    source_times = np.arange(44_100) / 44_100
+    target_times = np.arange(24_000) / 24_000
+    inner = slice(500, -500)
+    for tone_hz in (100, 1_000, 6_000, 10_000):
+        audio = np.sin(2 * np.pi * tone_hz * source_times).astype(np.float32)
+        error = resampled(audio, 44_100, cuts=[]) - np.sin(2 * np.pi * tone_hz * target_times)
+        assert np.abs(error[inner]).max() < 2e-4, tone_hz
+    for tone_hz in (12_100, 14_000, 18_000, 21_000):
+        audio = np.sin(2 * np.pi * tone_hz * source_times).astype(np.float32)
+        assert np.abs(resampled(audio, 44_100, cuts=[])[inner]).max() < 2e-4, tone_hz
+
+
+def test_the_first_20_ms_give_audio_less_than_5_ms_short() -> None:
+    resampler = Resampler(44_100, 24_000)
+    assert len(resampler.push(np.zeros(882, np.float32))) >= 0.015 * 24_000
+
+
+def test_rates_that_share_too_little_are_refused() -> None:
+    with pytest.raises(ValueError, match="24000/44099"):
+        Resampler(44_099, 24_000)
+    with pytest.raises(ValueError, match="positive"):
+        Resampler(0, 24_000)
+
+
+def test_samples_are_clipped_and_rounded_half_to_even() -> None:
+    step = 1 / 32767
+    audio = np.array([0.0, 1.0, -1.0, 7.0, -7.0, 0.5 * step, 1.5 * step, 2.5 * step, -1.5 * step], np.float32)
+    assert to_s16(audio).tolist() == [0, 32767, -32767, 32767, -32767, 0, 2, 2, -2]
+    assert to_s16(audio).dtype == np.dtype("<i2")
+
+
+def test_pcm_of_a_24_khz_model_is_its_samples() -> None:
+    audio = np.random.default_rng(1).uniform(-1, 1, 1000).astype(np.float32)
+    encoder = PcmEncoder(24_000)
+    data = encoder.encode(audio[:300]) + encoder.encode(audio[300:]) + encoder.finish()
+    assert data == to_s16(audio).tobytes()
+
+
+@pytest.mark.parametrize("rate_hz", [24_000, 44_100])
+def test_a_streamed_wav_reads_as_24_khz_with_the_right_samples(rate_hz: int) -> None:
+    audio = (0.5 * np.sin(np.arange(rate_hz) * 2 * np.pi * 300 / rate_hz)).astype(np.float32)
+    encoder = WavEncoder(rate_hz)
+    data = b"".join(encoder.encode(part) for part in np.array_split(audio, 7)) + encoder.finish()
+    assert data[:4] == b"RIFF" and data[4:8] == data[40:44] == b"\xff" * 4
+    samples, read_rate_hz = soundfile.read(io.BytesIO(data), dtype="int16")
+    assert read_rate_hz == 24_000
+    expected = to_s16(audio if rate_hz == 24_000 else resampled(audio, rate_hz, cuts=[]))
+    assert len(samples) == 24_000
+    assert np.abs(samples.astype(int) - expected).max() <= 1
+    with wave.open(io.BytesIO(data)) as reader:
+        assert (reader.getframerate(), reader.getnchannels(), reader.getsampwidth()) == (24_000, 1, 2)
+        assert reader.readframes(30_000) == data[44:]
+
+
+def test_a_wav_without_a_sample_is_still_a_wav() -> None:
+    assert WavEncoder(24_000).finish() == wav_header(24_000)
+
+
+def test_a_header_with_a_known_length_holds_exact_sizes() -> None:
+    with wave.open(io.BytesIO(wav_header(24_000, data_bytes=200) + bytes(200))) as reader:
+        assert reader.getnframes() == 100
+
+
+def test_every_format_has_a_media_type_of_its_own() -> None:
+    assert {name: make(24_000).media_type for name, make in ENCODERS.items()} == {
+        "wav": "audio/wav",
+        "pcm": "audio/pcm",
+    }

@@ -1,0 +1,139 @@
+"""`declaim serve` as a user runs it: a process of its own, the embedded voice, the real openai client."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import httpx
+import numpy as np
+import openai
+import pytest
+import soundfile
+from prometheus_client.parser import text_string_to_metric_families
+
+from tests.api.fake_engine import eventually
+
+TEXT = "The quick brown fox jumps over the lazy dog, and then it goes home."
+
+
+@contextmanager
+def serve(vocoder: str) -> Iterator[tuple[str, subprocess.Popen[str]]]:
+    """A ready server process; stopped by SIGTERM afterwards, unless it has been."""
+    command = [sys.executable, "-c", "from declaim.api.cli import main; main()", "serve", "--port", "0"]
+    with subprocess.Popen(
+        [*command, "--vocoder", vocoder, "--device", "cpu"],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        try:
+            assert process.stdout is not None and process.stderr is not None
+            match = re.search(r"http://127\.0\.0\.1:\d+", process.stdout.readline())
+            assert match is not None
+            assert eventually(lambda: httpx.get(match.group() + "/ready").status_code == 200, within_s=60)
+            yield match.group(), process
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(20) == 0
+            assert "Traceback" not in process.stderr.read()
+        finally:
+            process.kill()
+
+
+@pytest.fixture(scope="module")
+def url() -> Iterator[str]:
+    with serve("inline") as (url, _):
+        yield url
+
+
+def gauge(url: str, name: str) -> float:
+    families = text_string_to_metric_families(httpx.get(url + "/metrics").text)
+    (value,) = [sample.value for family in families for sample in family.samples if sample.name == name]
+    return value
+
+
+def body(**changes: object) -> dict[str, object]:
+    return {"model": "lark", "input": TEXT, "voice": "alloy", "response_format": "pcm", "seed": 5, **changes}
+
+
+def samples_of(pcm: bytes) -> np.ndarray:
+    return np.frombuffer(pcm, "<i2").astype(int)
+
+
+def test_the_openai_client_hears_speech(url: str) -> None:
+    with openai.OpenAI(base_url=url + "/v1", api_key="unused") as client:
+        speech = client.audio.speech.create(
+            model="tts-1", voice="alloy", input=TEXT, response_format="wav", extra_body={"seed": 5}
+        )
+    audio, rate_hz = soundfile.read(io.BytesIO(speech.content), dtype="float32")
+    assert rate_hz == 24_000
+    assert 2.0 < len(audio) / rate_hz < 12.0
+    assert 0.01 < np.sqrt(np.mean(audio**2)) < 0.5
+
+
+def test_audio_comes_while_it_is_made(url: str) -> None:
+    began, times = time.perf_counter(), []
+    with httpx.stream("POST", url + "/v1/audio/speech", json=body(), timeout=60) as response:
+        assert response.status_code == 200
+        for _ in response.iter_raw():
+            times.append(time.perf_counter() - began)
+    assert len(times) > 3 and times[0] < 0.5 * times[-1]
+
+
+def test_neighbours_do_not_change_what_a_request_hears(url: str) -> None:
+    alone = samples_of(httpx.post(url + "/v1/audio/speech", json=body(), timeout=60).content)
+
+    async def together() -> list[bytes]:
+        async with httpx.AsyncClient(timeout=60) as client:
+            bodies = [body(), *(body(seed=seed, input=f"Neighbour {seed}.") for seed in range(4))]
+            answers = [client.post(url + "/v1/audio/speech", json=each) for each in bodies]
+            return [answer.content for answer in await asyncio.gather(*answers)]
+
+    among, *others = (samples_of(pcm) for pcm in asyncio.run(together()))
+    assert all(len(other) > 10_000 for other in others)
+    assert len(among) == len(alone) > 40_000
+    # Chunks may be cut elsewhere: a sample then differs in its last bit at most.
+    assert np.abs(among - alone).max() <= 1
+
+
+def test_clients_that_hang_up_leave_no_block_behind(url: str) -> None:
+    async def leave() -> None:
+        async with httpx.AsyncClient(timeout=60) as client:
+            async with client.stream("POST", url + "/v1/audio/speech", json=body(input=TEXT * 5)) as response:
+                await anext(response.aiter_raw())
+
+    async def storm() -> None:
+        await asyncio.gather(*(leave() for _ in range(6)))
+
+    asyncio.run(storm())
+    assert eventually(lambda: gauge(url, "declaim_kv_blocks_used") == 0, within_s=3)
+    assert gauge(url, "declaim_streams") == 0
+    assert gauge(url, "declaim_requests_in_flight") == 0
+
+
+@pytest.mark.parametrize("text", ["...", "🙂", " ", "# **Hello**, `world`!"])
+def test_text_that_agents_send_by_accident_is_never_a_server_error(url: str, text: str) -> None:
+    response = httpx.post(url + "/v1/audio/speech", json=body(input=text), timeout=60)
+    assert response.status_code in (200, 400), response.text
+    if response.status_code == 400:
+        assert response.json()["error"]["param"] == "input"
+
+
+@pytest.mark.ray
+def test_a_server_with_ray_told_to_stop_ends_its_streams_first() -> None:
+    with serve("ray") as (url, process):
+        time.sleep(1.5)  # Ray takes SIGTERM while it starts; the server takes it back every second
+        with httpx.stream("POST", url + "/v1/audio/speech", json=body(), timeout=60) as response:
+            process.send_signal(signal.SIGTERM)
+            heard = samples_of(b"".join(response.iter_raw()))
+        assert process.wait(20) == 0
+    assert len(heard) > 40_000
