@@ -17,7 +17,7 @@ import threading
 import time
 import uuid
 from collections import OrderedDict, deque
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncGenerator, Callable, Generator
 from collections.abc import Sequence as Items
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +29,8 @@ from numpy.typing import NDArray
 from declaim.engine.batch import Batch
 from declaim.engine.blocks import BlockPool
 from declaim.engine.chunks import ChunkPolicy
-from declaim.engine.codec.base import Codec, CodecRecipe, load_codec
+from declaim.engine.codec.base import Codec, CodecRecipe
+from declaim.engine.codec.load import load_codec
 from declaim.engine.config import EngineConfig
 from declaim.engine.errors import (
     Cancelled,
@@ -212,7 +213,7 @@ class Engine:
             submitter.join()
         return results
 
-    def stream(self, request: SpeechRequest) -> Iterator[AudioChunk]:
+    def stream(self, request: SpeechRequest) -> Generator[AudioChunk]:
         """Speak a request, chunk by chunk as it is made. Closing the iterator cancels the request.
 
         Raises: RequestError or Overloaded at the first chunk; EngineError or Cancelled where the audio breaks off.
@@ -230,7 +231,7 @@ class Engine:
         finally:
             self._abandon(sink)
 
-    async def astream(self, request: SpeechRequest) -> AsyncIterator[AudioChunk]:
+    async def astream(self, request: SpeechRequest) -> AsyncGenerator[AudioChunk]:
         """`stream` for an event loop: checking and voice encoding happen in a thread, chunks come without blocking.
 
         Raises: as `stream`.
@@ -350,11 +351,14 @@ class Engine:
             if self._is_closing:
                 raise EngineClosed("the engine is closed")
             if ticket.request_id in self._open_ids:
-                raise InvalidRequest(f"a request {ticket.request_id!r} is running: choose another id", param="request_id")
+                raise InvalidRequest(
+                    f"a request {ticket.request_id!r} is running: choose another id", param="request_id"
+                )
             if self._num_open and self._num_open + count > limit:
                 raise Overloaded(
-                    f"{self._num_open} sequences are in the engine and this request brings {count}; the limit is {limit}"
-                    f" (max_batch {self.config.max_batch} + max_waiting {self.config.max_waiting}): try again in a second"
+                    f"{self._num_open} sequences are in the engine and this request brings {count};"
+                    f" the limit is {limit} (max_batch {self.config.max_batch} + max_waiting"
+                    f" {self.config.max_waiting}): try again in a second"
                 )
             self._num_open += count
             self._open_ids.add(ticket.request_id)
@@ -409,9 +413,7 @@ class Engine:
     def _no_codes(self) -> NDArray[np.int32]:
         return np.zeros((0, self.spec.rule.num_codebooks), dtype=np.int32)
 
-    def _sequence(
-        self, ticket: _Ticket, segment: int, *, sequence_id: int, playback: Playback, now: float
-    ) -> Sequence:
+    def _sequence(self, ticket: _Ticket, segment: int, *, sequence_id: int, playback: Playback, now: float) -> Sequence:
         return Sequence(
             given=SequenceInput(
                 sequence_id=sequence_id,
@@ -516,7 +518,9 @@ class Engine:
         failed = {key for key, codes in drawn.items() if (codes < 0).any()}
         for entry in batch.entries:
             if entry.sequence.sequence_id in failed:
-                self._fail(entry.sequence, SequenceFailed("the model's logits were not finite, or nothing was left to draw"))
+                self._fail(
+                    entry.sequence, SequenceFailed("the model's logits were not finite, or nothing was left to draw")
+                )
         entries = tuple(entry for entry in batch.entries if entry.sequence.sequence_id not in failed)
         return Batch(entries), {key: codes for key, codes in drawn.items() if key not in failed}
 

@@ -62,4 +62,5 @@ def undelay(
 ) -> NDArray[np.int32]:
     """Frames first .. last (exclusive, counted after the prompt) of a grid. Returns [last - first, Q]."""
     frames = np.arange(first, last)[:, None] + num_prompt_frames + 1 + np.array(rule.delay)
-    return rows[frames, np.arange(rule.num_codebooks)]
+    codes: NDArray[np.int32] = rows[frames, np.arange(rule.num_codebooks)]
+    return codes

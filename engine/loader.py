@@ -1,4 +1,4 @@
-"""From a model's name to a loaded model and the recipe of its codec. Finds every part before it reads the first weight."""
+"""From a model's name to a loaded model and its codec's recipe. Finds every part before it reads the first weight."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from typing import Literal
 
 import torch
 
-from declaim.engine.codec.base import Codec, CodecRecipe, load_codec
+from declaim.engine.codec.base import Codec, CodecRecipe
+from declaim.engine.codec.load import load_codec
 from declaim.engine.config import EngineConfig
 from declaim.engine.errors import ModelLoadError, ModelNotFound
 from declaim.engine.models.base import SpeechModel
@@ -125,7 +126,7 @@ def _named_codec(folder: Path) -> str | None:
 
 def _download(repo_id: str, patterns: Sequence[str] = MODEL_FILES) -> Path:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError, HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     remedy = "check the name and the network, or name a folder that holds the model"
     try:

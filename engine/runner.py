@@ -80,7 +80,9 @@ class Runner:
         drawn = sampler.draw(inputs, self._model.spec.sampling).to("cpu", torch.int32).numpy()
         return {entry.sequence.sequence_id: codes for entry, codes in zip(drawing, drawn, strict=True)}
 
-    def _allocate(self, num_layers: int, num_blocks: int, num_kv_heads: int, *, head_dim: int) -> tuple[LayerCache, ...]:
+    def _allocate(
+        self, num_layers: int, num_blocks: int, num_kv_heads: int, *, head_dim: int
+    ) -> tuple[LayerCache, ...]:
         def tensor() -> torch.Tensor:
             return allocate_cache(
                 num_blocks,
@@ -144,9 +146,7 @@ class Runner:
 
     def _embed(self, order: list[tuple[Entry, int]]) -> torch.Tensor:
         """Row embeddings, plus the side vectors of those rows; positions of the prefix take its embeddings instead."""
-        codes = [
-            entry.sequence.rows[np.maximum(_row_indices(entry), 0)] for entry, _ in order
-        ]
+        codes = [entry.sequence.rows[np.maximum(_row_indices(entry), 0)] for entry, _ in order]
         x = self._model.embed(torch.from_numpy(np.concatenate(codes).astype(np.int64)).to(self._model.device))
         begin = 0
         for entry, branch in order:
@@ -176,10 +176,7 @@ def _branch_major(entries: Items[Entry]) -> list[tuple[Entry, int]]:
     """All of branch 0 in the order of the entries, then branch 1 of those that have it, and so on."""
     num_branches = max(entry.sequence.num_branches for entry in entries)
     return [
-        (entry, branch)
-        for branch in range(num_branches)
-        for entry in entries
-        if branch < entry.sequence.num_branches
+        (entry, branch) for branch in range(num_branches) for entry in entries if branch < entry.sequence.num_branches
     ]
 
 

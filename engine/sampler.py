@@ -82,7 +82,9 @@ def filter_logits(inputs: DrawInputs, spec: SamplingSpec) -> Candidates:
             case TopP():
                 state = _keep_top_p(state, [1.0 if p.greedy else p.top_p for p in inputs.params])
             case MinP():
-                state = state.with_values(_keep_min_p(state.values, [0.0 if p.greedy else p.min_p for p in inputs.params]))
+                state = state.with_values(
+                    _keep_min_p(state.values, [0.0 if p.greedy else p.min_p for p in inputs.params])
+                )
     return state
 
 

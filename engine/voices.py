@@ -159,7 +159,7 @@ def read_audio_bytes(data: bytes) -> tuple[NDArray[np.float32], int]:
             if file.channels > MAX_CHANNELS:
                 raise _invalid(f"has {file.channels} channels, at most {MAX_CHANNELS} are taken: mix it down")
             limit = math.floor(MAX_REFERENCE_S * rate)
-            audio: NDArray[np.float32] = file.read(frames=min(int(file.frames), limit + 1), dtype="float32")
+            audio = np.asarray(file.read(frames=min(int(file.frames), limit + 1), dtype="float32"), np.float32)
     except soundfile.SoundFileError as error:
         raise _invalid(
             f"({len(data)} bytes) cannot be decoded ({error}): send a WAV, FLAC, MP3 or Ogg file"

@@ -68,9 +68,7 @@ def plan_attention(
     )
 
 
-def _reads_of(
-    table: Sequence[int], query_len: int, *, context_len: int, block_size: int, causal: bool
-) -> list[_Read]:
+def _reads_of(table: Sequence[int], query_len: int, *, context_len: int, block_size: int, causal: bool) -> list[_Read]:
     num_used = -(-context_len // block_size)
     used = table[:num_used]
     first = used[0] if num_used else 0
@@ -159,4 +157,6 @@ def _attend_gathered(
     scores = torch.einsum("nkgd,nktd->nkgt", q.view(num_queries, -1, group, head_dim).float() * scale, keys.float())
     scores = scores.masked_fill(~seen[:, None, None], -math.inf)
     weights = torch.where(lengths[:, None, None, None] > 0, scores.softmax(-1), 0.0)
-    return torch.einsum("nkgt,nktd->nkgd", weights, values.float()).to(q.dtype).reshape(num_queries, num_heads, head_dim)
+    return (
+        torch.einsum("nkgt,nktd->nkgd", weights, values.float()).to(q.dtype).reshape(num_queries, num_heads, head_dim)
+    )

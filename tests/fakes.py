@@ -10,6 +10,8 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
+
 from declaim.engine.errors import InvalidRequest
 from declaim.engine.models.base import Prefill, StepContext
 from declaim.engine.models.layers import AttentionShape, AttentionWeights, MlpWeights, mlp, self_attention
@@ -35,7 +37,6 @@ from declaim.kernels.codebooks import codebook_embedding
 from declaim.kernels.linear import linear, pack_linear
 from declaim.kernels.norm import rms_norm
 from declaim.kernels.rope import rotary_table
-from numpy.typing import NDArray
 
 NUM_CODEBOOKS, CODEBOOK_SIZE, EOS, MASKED = 3, 20, 20, 21
 VOCAB_SIZE = 22

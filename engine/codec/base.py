@@ -48,17 +48,3 @@ class CodecRecipe:
     folder: str
     dtype: Literal["float32", "float16", "bfloat16"] = "float32"
     device: str = "cpu"
-
-
-def load_codec(recipe: CodecRecipe, *, with_encoder: bool = False) -> Codec:
-    """Load a codec from its folder; `with_encoder` also loads what encodes reference audio.
-
-    Raises: ModelLoadError.
-    """
-    if recipe.kind == "dac":
-        from declaim.engine.codec.dac import DacCodec
-
-        return DacCodec.load(recipe, with_encoder=with_encoder)
-    from declaim.engine.codec.lark import LarkCodec
-
-    return LarkCodec.load(recipe, with_encoder=with_encoder)

@@ -133,7 +133,7 @@ class DacCodec:
         folder = Path(recipe.folder)
         config = _read_config(folder / "config.json")
         model = _read_model(folder, config, with_encoder=with_encoder)
-        model.to(device=torch.device(recipe.device), dtype=torch.float32)
+        torch.nn.Module.to(model, device=torch.device(recipe.device), dtype=torch.float32)
         model.decoder.to(_DTYPES[recipe.dtype])
         context = context_frames(config.upsampling_ratios)
         spec = CodecSpec(
@@ -172,7 +172,7 @@ class DacCodec:
     def decode_exact(self, codes: torch.Tensor) -> torch.Tensor:
         """`decode` of one batch, not rounded to float32: [B, T * hop] in the decoder's dtype."""
         z = self._model.quantizer.from_codes(codes)[0]
-        samples: torch.Tensor = self._model.decoder(z.to(self._weight.dtype))
+        samples: torch.Tensor = self._model.decoder(z.to(self._weight.dtype))  # pyright: ignore[reportAttributeAccessIssue]
         return samples.squeeze(1)
 
     @torch.inference_mode()
@@ -186,5 +186,6 @@ class DacCodec:
         if audio.numel() == 0:
             return torch.empty(self._spec.num_codebooks, 0, dtype=torch.int64, device=self.device)
         padded = F.pad(audio.to(self.device, torch.float32), (0, -len(audio) % self._spec.hop))
-        codes: torch.Tensor = self._model.encode(padded[None, None]).audio_codes
+        encoded = self._model.encode(padded[None, None])
+        codes: torch.Tensor = encoded.audio_codes  # pyright: ignore[reportAttributeAccessIssue, reportAssignmentType]
         return codes[0]

@@ -53,7 +53,9 @@ from declaim.kernels.linear import Linear, linear, pack_linear
 from declaim.kernels.norm import rms_norm
 from declaim.kernels.rope import rotary_table
 
-EXPECTED_CROSS_PER_ROW = 0.15  # text bytes for each row of codes, in ordinary speech (15 characters and 86 frames a second)
+EXPECTED_CROSS_PER_ROW = (
+    0.15  # text bytes for each row of codes, in ordinary speech (15 characters and 86 frames a second)
+)
 SPEAKER_TAGS = ((b"[S1]", b"\x01"), (b"[S2]", b"\x02"))
 
 
@@ -204,7 +206,9 @@ class DiaModel:
                 param="text",
             )
         if speed != 1.0:
-            raise InvalidRequest(f"speed is {speed}: this model speaks at its own pace only; leave it at 1", param="speed")
+            raise InvalidRequest(
+                f"speed is {speed}: this model speaks at its own pace only; leave it at 1", param="speed"
+            )
         # One row before the first frame, one more for the end, and what drains after it.
         most = config.max_positions - 1 - self.spec.rule.num_drain_rows - len(voice_codes)
         max_frames = min(int(sampling.max_seconds * self.spec.codec.frame_rate_hz + 1e-6), most)
@@ -351,7 +355,11 @@ def _load_encoder(config: DiaConfig, weights: Checkpoint) -> _Encoder:
         layers=tuple(
             (
                 _load_attention(
-                    weights, f"model.encoder.layers.{i}", config.encoder_hidden, config.encoder_shape, norm="pre_sa_norm"
+                    weights,
+                    f"model.encoder.layers.{i}",
+                    config.encoder_hidden,
+                    config.encoder_shape,
+                    norm="pre_sa_norm",
                 ),
                 _load_mlp(
                     weights, f"model.encoder.layers.{i}", config.encoder_hidden, config.encoder_ffn, norm="post_sa_norm"

@@ -156,7 +156,9 @@ class _TextSide:
         hidden = F.silu(linear(encoded, self.duration_hidden))
         return linear(hidden, self.duration_out)[:, 0].float().exp()
 
-    def side_vectors(self, encoded: torch.Tensor, durations_s: torch.Tensor, *, num_rows: int, rate_hz: int) -> torch.Tensor:
+    def side_vectors(
+        self, encoded: torch.Tensor, durations_s: torch.Tensor, *, num_rows: int, rate_hz: int
+    ) -> torch.Tensor:
         """What each row is told of the text: [num_rows, hidden]. Row t sounds at (t + 0.5) / rate."""
         ends = durations_s.cumsum(0)
         times = (torch.arange(num_rows, device=ends.device) + 0.5) / rate_hz
@@ -184,7 +186,9 @@ class LarkModel:
             "code_embedding.weight", (config.num_codebooks * config.vocab_size, config.hidden)
         )
         self._norm = weights.take("norm.weight", (config.hidden,))
-        self._head = pack_linear(weights.take("head.weight", (config.num_codebooks * config.codebook_size, config.hidden)))
+        self._head = pack_linear(
+            weights.take("head.weight", (config.num_codebooks * config.codebook_size, config.hidden))
+        )
         self._angles = rotary_table(
             MAX_POSITIONS, config.shape.head_dim, theta=config.theta, device=self._embedding.device
         )

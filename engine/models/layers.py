@@ -90,5 +90,5 @@ def mlp(x: torch.Tensor, weights: MlpWeights, *, eps: float) -> torch.Tensor:
 
 def _split_heads(qkv: torch.Tensor, shape: AttentionShape) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     heads = qkv.view(qkv.shape[0], -1, shape.head_dim)
-    q, k, v = heads.split([shape.num_heads, shape.num_kv_heads, shape.num_kv_heads], dim=1)
-    return q, k, v
+    first_v = shape.num_heads + shape.num_kv_heads
+    return heads[:, : shape.num_heads], heads[:, shape.num_heads : first_v], heads[:, first_v:]

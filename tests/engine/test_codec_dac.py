@@ -14,7 +14,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import DacConfig, DacModel
 
-from declaim.engine.codec.base import CodecRecipe, load_codec
+from declaim.engine.codec.base import CodecRecipe
+from declaim.engine.codec.load import load_codec
 from declaim.engine.codec.dac import DacCodec, context_frames
 from declaim.engine.errors import ModelLoadError
 
@@ -206,9 +207,9 @@ def test_a_serving_codec_never_reads_the_encoder(folder: Path, codec: DacCodec, 
 
 def test_loading_prints_nothing_and_the_contract_does_not_import_transformers(folder: Path) -> None:
     program = (
-        "import sys, declaim.engine.codec.base as base\n"
+        "import sys, declaim.engine.codec.base as base, declaim.engine.codec.load as load\n"
         "assert 'transformers' not in sys.modules\n"
-        f"base.load_codec(base.CodecRecipe(kind='dac', folder={str(folder)!r}))\n"
+        f"load.load_codec(base.CodecRecipe(kind='dac', folder={str(folder)!r}))\n"
         "assert 'transformers' in sys.modules\n"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)

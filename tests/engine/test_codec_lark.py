@@ -13,7 +13,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from declaim.engine.codec.base import CodecRecipe, load_codec
+from declaim.engine.codec.base import CodecRecipe
+from declaim.engine.codec.load import load_codec
 from declaim.engine.codec.lark import LarkCodec, slaney_mel_filters
 from declaim.engine.errors import ModelLoadError
 

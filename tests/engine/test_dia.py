@@ -9,12 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from declaim.engine import Engine, EngineConfig, InvalidRequest, SamplingParams, SpeechRequest, TooLong, Voice
-from declaim.engine.models.dia import encode_text
 from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 from transformers import DacModel
 
+from declaim.engine import Engine, EngineConfig, InvalidRequest, SamplingParams, SpeechRequest, TooLong, Voice
+from declaim.engine.models.dia import encode_text
 from tests.dia_checkpoints import (
     EOS,
     MULTI_QUERY,

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 import torch
+
 from declaim.engine import Engine, EngineConfig, InvalidRequest, SamplingParams, SpeechRequest, TooLong, Voice
 from declaim.engine.loader import EMBEDDED_FOLDER
 from declaim.engine.models.lark import LarkModel
@@ -88,7 +89,9 @@ def test_max_seconds_cuts_the_whole_request(engine: Engine) -> None:
 
 
 def test_codes_of_a_seed_are_the_same_alone_and_among_others(engine: Engine) -> None:
-    requests = [SpeechRequest(f"{SENTENCE[:10 + 2 * i]} and so on.", sampling=SamplingParams(seed=i)) for i in range(9)]
+    requests = [
+        SpeechRequest(f"{SENTENCE[: 10 + 2 * i]} and so on.", sampling=SamplingParams(seed=i)) for i in range(9)
+    ]
     together = engine.generate(requests, progress=False)
     for request, result in zip(requests, together, strict=True):
         (alone,) = engine.generate([request], progress=False)

@@ -12,6 +12,9 @@ from dataclasses import dataclass, replace
 import numpy as np
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
 from declaim.engine import (
     Cancelled,
     Engine,
@@ -24,9 +27,6 @@ from declaim.engine import (
     TooLong,
     Voice,
 )
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
-
 from tests.fakes import FAKE_CODEC, FakeCodec, FakeModel, ShuffledVocoder
 
 ROOMY = EngineConfig(device="cpu", dtype="float32", num_blocks=4096, block_size=4)
@@ -61,8 +61,7 @@ sampling_params = st.builds(
 )
 requests = st.builds(
     SpeechRequest,
-    text=st.text(alphabet="abc d", min_size=1, max_size=30).filter(str.strip)
-    | st.just("one|two|three"),
+    text=st.text(alphabet="abc d", min_size=1, max_size=30).filter(str.strip) | st.just("one|two|three"),
     sampling=sampling_params,
 )
 
@@ -167,9 +166,7 @@ def test_a_list_gives_each_request_the_codes_of_alone(chosen: list[SpeechRequest
 
 
 def test_a_pool_too_small_for_two_preempts_and_still_gives_the_codes_of_alone() -> None:
-    some = [
-        SpeechRequest("abcabcabc", sampling=SamplingParams(seed=i, max_seconds=3.0)) for i in range(6)
-    ]
+    some = [SpeechRequest("abcabcabc", sampling=SamplingParams(seed=i, max_seconds=3.0)) for i in range(6)]
     with make_engine(replace(ROOMY, num_blocks=26, max_batch=6), eos_bias=-100.0) as engine:
         results = engine.generate(some, progress=False)
         assert engine.stats().preemptions > 0
@@ -216,7 +213,9 @@ def test_a_voice_prompt_is_excluded_from_the_result_and_changes_it() -> None:
 def test_one_sequences_crash_and_one_sequences_nan_leave_the_others_alone() -> None:
     good = [SpeechRequest("abc", sampling=SamplingParams(seed=i, max_seconds=1.5)) for i in range(4)]
     with make_engine() as engine:
-        results = engine.generate([good[0], SpeechRequest("!crash"), *good[1:3], SpeechRequest("!nan"), good[3]], progress=False)
+        results = engine.generate(
+            [good[0], SpeechRequest("!crash"), *good[1:3], SpeechRequest("!nan"), good[3]], progress=False
+        )
         assert engine.stats().blocks_used == 0
     for i in (1, 4):
         assert results[i].finish_reason == "error"
@@ -260,7 +259,9 @@ def test_more_than_the_queue_holds_is_refused_and_what_was_accepted_is_served() 
 
 def test_a_list_longer_than_the_queue_is_served_without_refusal() -> None:
     with make_engine(replace(ROOMY, max_batch=2, max_waiting=1)) as engine:
-        results = engine.generate([SpeechRequest("ab", sampling=SamplingParams(seed=1, max_seconds=0.3))] * 12, progress=False)
+        results = engine.generate(
+            [SpeechRequest("ab", sampling=SamplingParams(seed=1, max_seconds=0.3))] * 12, progress=False
+        )
     assert {result.finish_reason for result in results} <= {"stop", "length"}
 
 

@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from scipy import signal
 
-from declaim.engine.codec.base import CodecRecipe, load_codec
+from declaim.engine.codec.base import CodecRecipe
+from declaim.engine.codec.load import load_codec
 from declaim.engine.errors import InvalidRequest, ModelLoadError
 from declaim.engine.request import Voice
 from declaim.engine.voices import encode_voice, prepare_reference, read_audio_bytes, resample
