@@ -30,7 +30,8 @@ import ray
 import torch
 from ray.exceptions import RayError, RayTaskError
 
-from declaim.engine.codec.base import CodecRecipe, load_codec
+from declaim.engine.codec.base import CodecRecipe
+from declaim.engine.codec.load import load_codec
 from declaim.engine.errors import EngineClosed, EngineError, ModelLoadError, VocoderLost
 from declaim.engine.vocoder.base import DecodedWindow, Wake, Window
 from declaim.engine.vocoder.inline import decode_windows
@@ -692,7 +693,8 @@ def _check_cluster(address: str) -> None:
     """
     remedy = (
         "start one there with `ray start --head --port=6379`, join this machine to it with "
-        "`ray start --address=HOST:6379`, check the firewall, or leave the address unset for a local Ray"
+        "`ray start --address=HOST:6379`, set RAY_AUTH_MODE=token here if the cluster asks for its token, check "
+        "the firewall, or leave the address unset for a local Ray"
     )
     if address != "auto":
         host, separator, port = address.rpartition(":")
@@ -711,9 +713,15 @@ def _check_cluster(address: str) -> None:
     try:
         done = subprocess.run(trial, capture_output=True, text=True, timeout=_TRIAL_TIMEOUT_S, check=False)
     except subprocess.TimeoutExpired as error:
+        # Bytes whatever `text` says: subprocess had no chance to decode them.
+        heard = error.stderr.decode(errors="replace") if isinstance(error.stderr, bytes) else ""
         raise EngineError(
-            f"what listens at {address} let nobody join a Ray cluster within {_TRIAL_TIMEOUT_S} s: {remedy}"
+            f"{address} let nobody join a Ray cluster within {_TRIAL_TIMEOUT_S} s ({_last_line(heard)}): {remedy}"
         ) from error
     if done.returncode != 0:
-        last = done.stderr.strip().splitlines()[-1:] or [f"exit status {done.returncode}"]
-        raise EngineError(f"the Ray cluster at {address} could not be joined ({last[0]}): {remedy}")
+        raise EngineError(f"the Ray cluster at {address} could not be joined ({_last_line(done.stderr)}): {remedy}")
+
+
+def _last_line(text: str) -> str:
+    lines = text.strip().splitlines()
+    return lines[-1][:240] if lines else "it said nothing"
