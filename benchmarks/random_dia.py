@@ -1,0 +1,159 @@
+"""Dia checkpoints of a chosen size with random weights, saved by transformers, for the benchmarks that need one.
+
+Their head can never draw an end: its row for the end code is zero, while the largest of a thousand random logits is
+far above zero. So each request is exactly as long as it was asked to be. Random weights say nothing about quality.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import (
+    DacConfig,
+    DacModel,
+    DiaConfig,
+    DiaFeatureExtractor,
+    DiaForConditionalGeneration,
+    DiaProcessor,
+    DiaTokenizer,
+)
+from transformers.models.dia.configuration_dia import DiaDecoderConfig, DiaEncoderConfig
+from transformers.utils import logging as transformers_logging
+
+DELAY = (0, 8, 9, 10, 11, 12, 13, 14, 15)
+BOS, EOS, PAD = 1026, 1024, 1025
+NUM_DRAIN_ROWS = 16
+FRAME_RATE_HZ = 44100 / 512
+
+
+@dataclass(frozen=True)
+class DiaSize:
+    """The vocabulary, the nine codebooks and their delays are the real model's."""
+
+    layers: int
+    hidden: int
+    heads: int
+    kv_heads: int
+    cross_heads: int
+    head_dim: int
+    ffn: int
+    encoder_layers: int
+    encoder_hidden: int
+    encoder_heads: int
+    encoder_ffn: int
+    max_positions: int
+
+
+MEDIUM = DiaSize(
+    layers=6,
+    hidden=512,
+    heads=8,
+    kv_heads=4,
+    cross_heads=8,
+    head_dim=64,
+    ffn=1536,
+    encoder_layers=4,
+    encoder_hidden=256,
+    encoder_heads=4,
+    encoder_ffn=768,
+    max_positions=1024,
+)
+TINY = DiaSize(
+    layers=2,
+    hidden=64,
+    heads=4,
+    kv_heads=2,
+    cross_heads=2,
+    head_dim=16,
+    ffn=96,
+    encoder_layers=1,
+    encoder_hidden=32,
+    encoder_heads=2,
+    encoder_ffn=64,
+    max_positions=512,
+)
+
+
+@contextlib.contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Without its progress bars and remarks on stderr."""
+    level = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(level)
+        transformers_logging.enable_progress_bar()
+
+
+def save_dia(folder: Path, size: DiaSize, *, scale: float, seed: int = 0) -> int:
+    """Save model, processor, and a small DAC in codec/. Returns the number of the decoder's parameters.
+
+    scale: standard deviation of every matrix. Attention is not divided by sqrt(head_dim) in this family, so a large
+    scale makes it all but one-hot.
+    """
+    torch.manual_seed(seed)
+    with quiet_transformers():
+        model = DiaForConditionalGeneration(_config(size))
+        with torch.no_grad():
+            for weight in model.parameters():
+                if weight.ndim > 1:
+                    weight.normal_(0, scale)
+            model.logits_dense.weight[EOS] = 0
+        _small_dac().save_pretrained(folder / "codec")
+        # Only a codec that was itself loaded from a folder has the name that the processor's file needs.
+        dac = DacModel.from_pretrained(folder / "codec")
+        extractor = DiaFeatureExtractor(feature_size=1, sampling_rate=44100, hop_length=512)
+        DiaProcessor(extractor, DiaTokenizer(), dac).save_pretrained(folder)
+        model.save_pretrained(folder)
+    decoder = [*model.model.decoder.parameters(), model.logits_dense.weight]
+    return sum(int(weight.numel()) for weight in decoder)
+
+
+def _config(size: DiaSize) -> DiaConfig:
+    return DiaConfig(
+        encoder_config=DiaEncoderConfig(
+            max_position_embeddings=256,
+            num_hidden_layers=size.encoder_layers,
+            hidden_size=size.encoder_hidden,
+            num_attention_heads=size.encoder_heads,
+            num_key_value_heads=size.encoder_heads,
+            head_dim=size.head_dim,
+            intermediate_size=size.encoder_ffn,
+        ),
+        decoder_config=DiaDecoderConfig(
+            max_position_embeddings=size.max_positions,
+            num_hidden_layers=size.layers,
+            hidden_size=size.hidden,
+            intermediate_size=size.ffn,
+            num_attention_heads=size.heads,
+            num_key_value_heads=size.kv_heads,
+            head_dim=size.head_dim,
+            cross_num_attention_heads=size.cross_heads,
+            cross_num_key_value_heads=size.cross_heads,
+            cross_head_dim=size.head_dim,
+            cross_hidden_size=size.encoder_hidden,
+            vocab_size=1028,
+            num_channels=len(DELAY),
+        ),
+    )
+
+
+def _small_dac() -> DacModel:
+    """The real strides and codebooks with few channels."""
+    return DacModel(
+        DacConfig(
+            encoder_hidden_size=8,
+            decoder_hidden_size=64,
+            n_codebooks=len(DELAY),
+            codebook_size=1024,
+            codebook_dim=8,
+            sampling_rate=44100,
+            downsampling_ratios=[2, 4, 8, 8],
+        )
+    )

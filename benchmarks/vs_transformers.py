@@ -1,0 +1,335 @@
+"""How much faster does declaim make the codes of a batch of Dia requests than transformers, on this CPU?
+
+Method. One process, one checkpoint (Dia's architecture and vocabulary, random weights saved by transformers), float32,
+the same number of threads for all, 16 requests of 2 to 9 seconds, guidance 3, greedy or (--sampled) temperature 1.2,
+top_k 45, top_p 0.95. Compared are
+- transformers, one by one: a generate() for each request, with max_new_tokens of its own;
+- transformers, static batch: one generate() of all, padded, which runs until the longest is done; only the audio that
+  was asked for counts;
+- declaim: Engine.generate() of all at once.
+The head cannot draw an end, so lengths are exactly those asked for; each system's are checked. Tokenizing counts,
+turning codes into audio does not: declaim gets a vocoder that returns silence. What declaim takes with its vocoder is
+a row of its own; its codec is a small random one, so that row says what the plumbing costs and not what DAC does.
+Greedy codes are compared between the systems. transformers computes in another order, so where two codes are all but
+tied they may part; from there on a request has other codes.
+Each system first runs one short request. The median of --repeats is reported.
+
+    python benchmarks/vs_transformers.py [--threads N] [--repeats N] [--sampled] [--alone] [--profile] [--quick]
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import machine
+import numpy as np
+import profiling
+import random_dia
+import torch
+from numpy.typing import NDArray
+from random_dia import DELAY, FRAME_RATE_HZ, NUM_DRAIN_ROWS, quiet_transformers
+from texts import text_of_length
+from transformers import DiaForConditionalGeneration, DiaProcessor, GenerationConfig
+
+from declaim.engine import Engine, EngineConfig, SamplingParams, SpeechRequest
+from declaim.engine.loader import find_model, load_model
+from declaim.engine.vocoder.base import DecodedWindow, Wake, Window
+
+QUESTION = "Dia codes on this CPU: transformers one by one and in a static batch, and declaim"
+SECONDS = (2.0, 7.3, 4.1, 9.0, 3.2, 5.5, 2.4, 8.1, 6.0, 2.9, 4.8, 7.0, 3.6, 5.1, 2.2, 6.6)
+QUICK_SECONDS = (0.3, 0.9, 0.5)
+CHARS_PER_SECOND = 15
+SHORT_FRAMES = 8  # of the request that warms a system up
+GUIDANCE, TEMPERATURE, TOP_K, TOP_P = 3.0, 1.2, 45, 0.95
+
+Codes = list[NDArray[np.int64]]
+
+
+@dataclass(frozen=True)
+class Ask:
+    """One request: a text, and the frames that are wanted of it."""
+
+    text: str
+    num_frames: int
+
+    @property
+    def max_new_tokens(self) -> int:
+        """transformers counts the rows that drain the delays too."""
+        return self.num_frames + NUM_DRAIN_ROWS
+
+    @property
+    def seconds(self) -> float:
+        return self.num_frames / FRAME_RATE_HZ
+
+
+@dataclass(frozen=True)
+class Run:
+    """One system's time for all requests, and the codes it made ([num_frames, Q] each)."""
+
+    name: str
+    wall_s: float
+    codes: Codes
+
+
+class SilentVocoder:
+    """Keeps the vocoder's contract and returns silence, so that only the making of codes is timed."""
+
+    def __init__(self, hop: int, *, wake: Wake) -> None:
+        self._hop = hop
+        self._wake = wake
+        self._windows: list[Window] = []
+
+    def submit(self, windows: Sequence[Window]) -> None:
+        self._windows += windows
+        if windows:
+            self._wake()
+
+    def poll(self) -> list[DecodedWindow]:
+        windows, self._windows = self._windows, []
+        return [
+            DecodedWindow(w.sequence_id, w.index, np.zeros(w.num_frames * self._hop, dtype=np.float32)) for w in windows
+        ]
+
+    def cancel(self, sequence_id: int) -> None:
+        self._windows = [window for window in self._windows if window.sequence_id != sequence_id]
+
+    @property
+    def num_pending(self) -> int:
+        return len(self._windows)
+
+    def close(self) -> None:
+        self._windows.clear()
+
+
+class Transformers:
+    """transformers' pipeline up to the codes."""
+
+    def __init__(self, folder: Path, *, sampled: bool) -> None:
+        self._sampled = sampled
+        with quiet_transformers():
+            model = DiaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
+            self._model = model.eval()
+            # transformers types what its calls take and return too loosely for a checker.
+            self._processor: Any = DiaProcessor.from_pretrained(folder)
+
+    def generate(self, asks: Sequence[Ask]) -> Codes:
+        """One batch, which runs until its longest request is done. Returns what each asked for."""
+        with quiet_transformers(), torch.inference_mode():
+            inputs = self._processor(text=[ask.text for ask in asks], return_tensors="pt")
+            grids: Any = self._model.generate(**inputs, generation_config=self._settings(asks))
+        longest = max(ask.num_frames for ask in asks)
+        frames = [_undelay(grid) for grid in grids.numpy()]
+        lengths = [len(codes) for codes in frames]
+        if lengths != [longest] * len(asks):
+            raise RuntimeError(f"transformers made {lengths} frames where {longest} were asked for")
+        return [codes[: ask.num_frames] for codes, ask in zip(frames, asks, strict=True)]
+
+    def _settings(self, asks: Sequence[Ask]) -> GenerationConfig:
+        return GenerationConfig(
+            max_new_tokens=max(ask.max_new_tokens for ask in asks),
+            do_sample=self._sampled,
+            guidance_scale=GUIDANCE,
+            temperature=TEMPERATURE if self._sampled else None,
+            top_k=TOP_K,
+            top_p=TOP_P if self._sampled else None,
+            bos_token_id=random_dia.BOS,
+            decoder_start_token_id=random_dia.BOS,
+            eos_token_id=random_dia.EOS,
+            pad_token_id=random_dia.PAD,
+        )
+
+
+def _undelay(grid: NDArray[np.int64]) -> NDArray[np.int64]:
+    """A delayed grid [T, Q] -> its frames; the audio ends where codebook 0 holds the end code."""
+    end = int(np.flatnonzero(grid[:, 0] == random_dia.EOS)[0])
+    frames = np.arange(end - 1)
+    return np.stack([grid[frames + 1 + delay, q] for q, delay in enumerate(DELAY)], axis=1)
+
+
+def _requests(asks: Sequence[Ask], *, sampled: bool) -> list[SpeechRequest]:
+    return [
+        SpeechRequest(
+            ask.text,
+            sampling=SamplingParams(
+                temperature=TEMPERATURE if sampled else 0.0,
+                top_k=TOP_K,
+                top_p=TOP_P,
+                guidance_scale=GUIDANCE,
+                seed=i,
+                max_seconds=ask.seconds,
+            ),
+        )
+        for i, ask in enumerate(asks)
+    ]
+
+
+def _speak(engine: Engine, asks: Sequence[Ask], *, sampled: bool) -> Codes:
+    results = engine.generate(_requests(asks, sampled=sampled), progress=False)
+    for result in results:
+        if result.error is not None:
+            raise result.error
+    lengths, wanted = [len(result.codes) for result in results], [ask.num_frames for ask in asks]
+    if lengths != wanted:
+        raise RuntimeError(f"declaim made {lengths} frames where {wanted} were asked for")
+    return [result.codes.astype(np.int64) for result in results]
+
+
+def _silent_engine(folder: Path, config: EngineConfig) -> Engine:
+    files, resolved = find_model(str(folder)), config.resolve()
+    model, codec, _ = load_model(files, resolved)
+    hop = codec.spec.hop
+    return Engine(
+        model, resolved, make_vocoder=lambda wake: SilentVocoder(hop, wake=wake), model_name=files.name
+    )
+
+
+def _timed(name: str, work: Callable[[], Codes], *, warm_up: Callable[[], object], repeats: int) -> Run:
+    warm_up()
+    walls: list[float] = []
+    codes: Codes = []
+    for _ in range(repeats):
+        begin = time.perf_counter()
+        codes = work()
+        walls.append(time.perf_counter() - begin)
+    return Run(name, statistics.median(walls), codes)
+
+
+def _run_transformers(folder: Path, asks: Sequence[Ask], *, sampled: bool, repeats: int) -> list[Run]:
+    theirs = Transformers(folder, sampled=sampled)
+    torch.manual_seed(0)
+    short = [Ask(asks[0].text, SHORT_FRAMES)]
+    return [
+        _timed(
+            "transformers, one by one",
+            lambda: [codes for ask in asks for codes in theirs.generate([ask])],
+            warm_up=lambda: theirs.generate(short),
+            repeats=repeats,
+        ),
+        _timed(
+            "transformers, static batch",
+            lambda: theirs.generate(asks),
+            warm_up=lambda: theirs.generate(short * len(asks)),
+            repeats=repeats,
+        ),
+    ]
+
+
+def _run_declaim(
+    name: str, engine: Engine, groups: Sequence[Sequence[Ask]], *, sampled: bool, repeats: int
+) -> Run:
+    """The groups one after the other, each at once."""
+    short = [Ask(groups[0][0].text, SHORT_FRAMES)]
+    return _timed(
+        name,
+        lambda: [codes for group in groups for codes in _speak(engine, group, sampled=sampled)],
+        warm_up=lambda: _speak(engine, short, sampled=sampled),
+        repeats=repeats,
+    )
+
+
+def _compare(folder: Path, asks: Sequence[Ask], *, args: argparse.Namespace) -> list[Run]:
+    """All systems, one after the other."""
+    sampled, repeats = args.sampled, args.repeats
+    runs = _run_transformers(folder, asks, sampled=sampled, repeats=repeats)
+    config = EngineConfig(max_batch=args.max_batch)
+    with _silent_engine(folder, config) as engine:
+        runs.append(_run_declaim("declaim", engine, [asks], sampled=sampled, repeats=repeats))
+        if args.alone:
+            apart = [[ask] for ask in asks]
+            runs.append(_run_declaim("declaim, one by one", engine, apart, sampled=sampled, repeats=repeats))
+    with Engine.from_pretrained(folder, config) as engine:
+        runs.append(_run_declaim("declaim, with vocoder", engine, [asks], sampled=sampled, repeats=repeats))
+    return runs
+
+
+def _agreement(ours: Codes, theirs: Codes, *, skip_last: int = 0) -> dict[str, float]:
+    """How much of two systems' codes is equal. skip_last: frames at each request's end that may differ by design."""
+    pairs = [(a[: len(a) - skip_last], b[: len(b) - skip_last]) for a, b in zip(ours, theirs, strict=True)]
+    equal = [a == b for a, b in pairs]
+    return {
+        "identical_requests_percent": 100 * float(np.mean([part.all() for part in equal])),
+        "identical_codes_percent": 100 * float(np.mean(np.concatenate([part.ravel() for part in equal]))),
+    }
+
+
+def _report(runs: Sequence[Run], asks: Sequence[Ask], *, sampled: bool) -> dict[str, Any]:
+    audio_s = sum(ask.seconds for ask in asks)
+    one_by_one, static = runs[0].wall_s, runs[1].wall_s
+    rows = [
+        {
+            "system": run.name,
+            "wall_s": run.wall_s,
+            "audio_s_per_s": audio_s / run.wall_s,
+            "vs_one_by_one": one_by_one / run.wall_s,
+            "vs_static_batch": static / run.wall_s,
+        }
+        for run in runs
+    ]
+    machine.print_table(
+        f"{len(asks)} requests, {audio_s:.1f} s of audio",
+        ("system", "seconds", "audio s/s", "x one by one", "x static batch"),
+        [list(row.values()) for row in rows],
+    )
+    result: dict[str, Any] = {"num_requests": len(asks), "audio_s": audio_s, "systems": rows}
+    if sampled:
+        return result
+    codes = {run.name: run.codes for run in runs}
+    # A static batch goes on where a shorter request would have ended, and drains 16 rows otherwise.
+    result["greedy"] = {
+        "declaim vs one by one": _agreement(codes["declaim"], codes["transformers, one by one"]),
+        "static batch vs one by one, less 16 frames": _agreement(
+            codes["transformers, static batch"], codes["transformers, one by one"], skip_last=NUM_DRAIN_ROWS
+        ),
+        "declaim, with vocoder vs without": _agreement(codes["declaim, with vocoder"], codes["declaim"]),
+    }
+    machine.print_table(
+        "greedy codes",
+        ("pair", "identical requests %", "identical codes %"),
+        [(name, *shares.values()) for name, shares in result["greedy"].items()],
+    )
+    return result
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=QUESTION)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--repeats", type=int, default=1)
+    parser.add_argument("--max-batch", type=int, default=16)
+    parser.add_argument("--sampled", action="store_true", help="draw at temperature 1.2 instead of greedily")
+    parser.add_argument("--alone", action="store_true", help="declaim one by one as well")
+    parser.add_argument("--profile", action="store_true", help="where declaim's step time goes, and no comparison")
+    parser.add_argument("--quick", action="store_true", help="a tiny model and three short requests")
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = _arguments()
+    torch.set_num_threads(args.threads)
+    size = random_dia.TINY if args.quick else random_dia.MEDIUM
+    scale = 0.15 if args.quick else 0.02
+    seconds = QUICK_SECONDS if args.quick else SECONDS
+    asks = [
+        Ask("[S1] " + text_of_length(max(20, int(wanted * CHARS_PER_SECOND)), skip=i), int(wanted * FRAME_RATE_HZ))
+        for i, wanted in enumerate(seconds)
+    ]
+    config = vars(args) | {"guidance": GUIDANCE, "dtype": "float32", "seconds": seconds, "model": asdict(size)}
+    with tempfile.TemporaryDirectory(prefix="declaim-dia-") as name:
+        config["decoder_parameters"] = random_dia.save_dia(Path(name), size, scale=scale)
+        document = machine.begin(QUESTION, config)
+        if args.profile:
+            with _silent_engine(Path(name), EngineConfig(max_batch=args.max_batch)) as engine:
+                result = profiling.profile_engine(engine, _requests(asks, sampled=args.sampled))
+        else:
+            result = _report(_compare(Path(name), asks, args=args), asks, sampled=args.sampled)
+    machine.end(document, result)
+
+
+if __name__ == "__main__":
+    main()
