@@ -59,7 +59,8 @@ class EngineConfig:
             raise InvalidConfig(f"vocoder is {self.vocoder!r}: use inline or ray")
         for name in ("max_batch", "block_size", "max_step_positions"):
             self._check_at_least(name, 1)
-        self._check_at_least("max_waiting", 0)
+        for name in ("max_waiting", "vocoder_cpus", "vocoder_gpus"):
+            self._check_at_least(name, 0)
         for name in ("memory_gb", "num_blocks", "num_threads", "max_lead_s", "first_chunk_s", "max_chunk_s"):
             self._check_positive(name)
         fewest, most = self.vocoder_workers
@@ -68,7 +69,7 @@ class EngineConfig:
 
     def _check_at_least(self, name: str, low: int) -> None:
         value = getattr(self, name)
-        if value < low:
+        if not value >= low:
             raise InvalidConfig(f"{name} is {value}: it must be at least {low}")
 
     def _check_positive(self, name: str) -> None:

@@ -486,6 +486,8 @@ class Engine:
         if not batch.entries:
             return
         batch, drawn = self._run(batch)
+        # A segment that failed has ended its request, and with it segments that ran in the same step.
+        batch = Batch(tuple(entry for entry in batch.entries if entry.sequence.sequence_id in self._owners))
         self._scheduler.commit(batch, drawn)
         self._num_steps += 1
         self._num_frames += len(drawn)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from dataclasses import dataclass
 
@@ -49,11 +50,12 @@ def plan_memory(
     cross_per_row = spec.cache.cross.positions_per_row if spec.cache.cross is not None else 0.0
 
     row_bytes = (num_branches * block_bytes + cross_per_row * cross_block_bytes) / block_size
+    fixed_bytes = weight_bytes + num_branches * block_bytes + cross_block_bytes  # the last blocks may be part used
     wanted_rows = max_batch * spec.max_positions
-    rows = min(wanted_rows, int(max(0, budget_bytes - weight_bytes) / row_bytes))
+    rows = min(wanted_rows, int(max(0, budget_bytes - fixed_bytes) / row_bytes))
     least_rows = 2 * block_size
     if rows < least_rows:
-        least_gb = (weight_bytes + least_rows * row_bytes) / GB
+        least_gb = math.ceil((fixed_bytes + (least_rows + 1) * row_bytes) / GB * 1000) / 1000
         raise OutOfMemory(
             f"a budget of {budget_bytes / GB:.3f} GB leaves no room for the cache beside {weight_bytes / GB:.3f} GB of"
             f" weights: memory_gb of at least {least_gb:.3f} starts; a smaller dtype needs less"

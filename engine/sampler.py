@@ -89,7 +89,10 @@ def filter_logits(inputs: DrawInputs, spec: SamplingSpec) -> Candidates:
 
 
 def draw(inputs: DrawInputs, spec: SamplingSpec) -> torch.Tensor:
-    """Draw one code per sequence and codebook. Returns int64 [B, Q]; -1 where the logits were not finite."""
+    """Draw one code per sequence and codebook; of equals, the smallest id.
+
+    Returns int64 [B, Q]; -1 where the logits of the sequence were not finite, or nothing was left of a codebook's.
+    """
     state = filter_logits(inputs, spec)
     values, ids = state.values, state.ids
     is_random = torch.tensor([not p.greedy for p in inputs.params], device=values.device)
@@ -101,10 +104,12 @@ def draw(inputs: DrawInputs, spec: SamplingSpec) -> torch.Tensor:
         noise = gumbel_noise(draw_keys(seeds, rows, num_codebooks=values.shape[1]), ids)
         values = torch.where(is_random[:, None, None], values + noise, values)
     best = values.argmax(-1, keepdim=True)
-    drawn = (best if ids is None else ids.gather(-1, best)).squeeze(-1)
-    is_finite = torch.isfinite(inputs.cond).flatten(1).all(-1)
+    drawn = best if ids is None else ids.gather(-1, best)
+    drawn = torch.where(values.gather(-1, best) > -math.inf, drawn, -1).squeeze(-1)
+    # A sum is finite exactly if all it sums is, and takes one pass where isfinite takes three.
+    is_finite = torch.isfinite(inputs.cond.sum((1, 2)))
     if len(inputs.guided):
-        is_finite[inputs.guided] &= torch.isfinite(inputs.uncond).flatten(1).all(-1)
+        is_finite[inputs.guided] &= torch.isfinite(inputs.uncond.sum((1, 2)))
     return torch.where(is_finite[:, None], drawn, -1)
 
 
@@ -113,7 +118,22 @@ def _column(numbers: Items[float], like: torch.Tensor) -> torch.Tensor:
 
 
 def _compact(values: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
-    return torch.topk(values, max(1, min(count, values.shape[-1])), dim=-1)
+    """The `count` largest, in the order of their ids: so equals stand as they do in the whole vocabulary."""
+    ids = torch.topk(values, max(1, min(count, values.shape[-1])), dim=-1).indices.sort(-1).values
+    return values.gather(-1, ids), ids
+
+
+def _smallest_kept(values: torch.Tensor, top_ks: list[int]) -> torch.Tensor:
+    """The k-th largest value of each row, [B, Q, 1]; -inf where k is 0, which keeps all.
+
+    A bound rather than a list of ids: topk picks among equals by how many it is asked for, so by the neighbours' k.
+    """
+    widest = min(max(top_ks), values.shape[-1])
+    ranked = torch.topk(values, max(1, widest), dim=-1).values
+    nth = torch.tensor([min(k, widest) - 1 if k else 0 for k in top_ks], device=ranked.device)
+    smallest = ranked.gather(-1, nth[:, None, None].expand(-1, ranked.shape[1], 1))
+    is_off = torch.tensor([k == 0 for k in top_ks], device=ranked.device)[:, None, None]
+    return smallest.masked_fill(is_off, -math.inf)
 
 
 def _guide(inputs: DrawInputs, op: Guidance) -> Candidates:
@@ -127,15 +147,8 @@ def _guide(inputs: DrawInputs, op: Guidance) -> Candidates:
     top_ks = [p.top_k for p in params]
     if not op.top_k_filter or not any(top_ks):
         return Candidates(inputs.cond.index_copy(0, inputs.guided, guided), None)
-    kept = cond if op.keep == "cond" else guided
-    widest = min(max(top_ks), cond.shape[-1])
-    ids = torch.topk(guided, widest, dim=-1).indices
-    rank = torch.arange(widest, device=cond.device)
-    values = kept.gather(-1, ids).masked_fill(rank >= _column(top_ks, cond), -math.inf)
-    if len(params) == len(inputs.params) and all(top_ks):
-        return Candidates(values, ids)
-    filtered = torch.full_like(cond, -math.inf).scatter(-1, ids, values)
-    filtered = torch.where(_column(top_ks, cond) > 0, filtered, guided)
+    kept = torch.where(_column(top_ks, cond) > 0, cond, guided) if op.keep == "cond" else guided
+    filtered = kept.masked_fill(guided < _smallest_kept(guided, top_ks), -math.inf)
     return Candidates(inputs.cond.index_copy(0, inputs.guided, filtered), None)
 
 
@@ -164,15 +177,10 @@ def _penalise(state: Candidates, op: RepetitionPenalty, inputs: DrawInputs) -> t
 
 def _keep_top_k(state: Candidates, top_ks: list[int]) -> Candidates:
     width = state.values.shape[-1]
-    widest = min(max(top_ks), width)
-    if widest == 0 or all(k >= width for k in top_ks):
+    if not any(top_ks) or all(k >= width for k in top_ks):
         return state
-    ranked = torch.topk(state.values, widest, dim=-1).values
-    nth = torch.tensor([min(k, widest) - 1 if k else 0 for k in top_ks], device=ranked.device)
-    smallest = ranked.gather(-1, nth[:, None, None].expand(-1, ranked.shape[1], 1))
-    is_off = torch.tensor([k == 0 for k in top_ks], device=ranked.device)[:, None, None]
-    values = state.values.masked_fill((state.values < smallest) & ~is_off, -math.inf)
-    if state.ids is not None or bool(is_off.any()):
+    values = state.values.masked_fill(state.values < _smallest_kept(state.values, top_ks), -math.inf)
+    if state.ids is not None or not all(top_ks):
         return state.with_values(values)
     return Candidates(*_compact(values, int((values > -math.inf).sum(-1).max())))
 

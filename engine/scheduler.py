@@ -19,6 +19,7 @@ from declaim.engine.blocks import BlockPool, blocks_for
 from declaim.engine.errors import TooLong
 from declaim.engine.sequence import Sequence
 
+YIELDING = 3  # the first part of the rank of a stream too far ahead
 SEGMENT_LEAD_S = 2.0  # how much later a segment is needed for each unfinished one before it
 
 
@@ -90,25 +91,16 @@ class Scheduler:
         """Choose the next step's entries, admitting and preempting as blocks allow. Empty if nobody can run."""
         limits = self._limits
         self._admit(now)
-        ranked = sorted(self._running, key=lambda sequence: self._rank(sequence, now))
-        urgent = [sequence for sequence in ranked if not self._yields(sequence, now)]
+        ranks = sorted((self._rank(sequence, now), sequence) for sequence in self._running)  # no two ranks are equal
+        ranked = [sequence for _, sequence in ranks]
+        urgent = [sequence for rank, sequence in ranks if rank[0] != YIELDING]
         chosen = (urgent or ranked)[: limits.max_batch]
-        budget = limits.max_step_positions
-        positions: dict[int, int] = {}
-        for is_prefill in (False, True):
-            for sequence in chosen:
-                if (sequence.num_pending > 1) != is_prefill or not sequence.is_admitted:
-                    continue
-                count = min(sequence.num_pending, budget // sequence.num_branches)
-                if count and self._hold(sequence, sequence.num_cached + count, ranked):
-                    positions[sequence.sequence_id] = count
-                    budget -= count * sequence.num_branches
-        # A sequence chosen early may since have been preempted for a more urgent one's blocks.
-        entries = [
-            Entry(sequence, positions[sequence.sequence_id])
-            for sequence in chosen
-            if sequence.is_admitted and sequence.sequence_id in positions
-        ]
+        counts = _shares(chosen, limits.max_step_positions)
+        entries: list[Entry] = []
+        for sequence, count in zip(chosen, counts, strict=True):
+            # Blocks are taken from the least urgent, so nobody who has got an entry loses it again.
+            if count and sequence.is_admitted and self._hold(sequence, sequence.num_cached + count, ranked):
+                entries.append(Entry(sequence, count))
         return Batch(tuple(entries))
 
     def commit(self, batch: Batch, drawn: dict[int, NDArray[np.int32]]) -> None:
@@ -149,16 +141,19 @@ class Scheduler:
             return (2, given.arrived_at, given.segment, given.sequence_id)
         if playback.first_audio_at is None and given.segment == playback.segment:
             return (0, given.arrived_at, given.segment, given.sequence_id)
-        slack = playback.lead_s(now) + SEGMENT_LEAD_S * (given.segment - playback.segment)
-        return (3 if self._yields(sequence, now) else 1, slack, given.segment, given.sequence_id)
+        lead_s = playback.lead_s(now)
+        slack_s = lead_s + SEGMENT_LEAD_S * (given.segment - playback.segment)
+        return (YIELDING if lead_s > self._limits.max_lead_s else 1, slack_s, given.segment, given.sequence_id)
 
     def _yields(self, sequence: Sequence, now: float) -> bool:
-        return sequence.playback.paced and sequence.playback.lead_s(now) > self._limits.max_lead_s
+        return self._rank(sequence, now)[0] == YIELDING
 
     def _admit(self, now: float) -> None:
         """Move the most urgent waiting sequences into the running set while slots and blocks last."""
+        if not self._waiting:
+            return
         num_places = self._limits.max_batch - sum(not self._yields(other, now) for other in self._running)
-        if num_places <= 0 or not self._waiting:
+        if num_places <= 0:
             return
         ranked = sorted(self._waiting, key=lambda sequence: self._rank(sequence, now))
         for sequence in ranked[:num_places]:
@@ -179,7 +174,7 @@ class Scheduler:
             self._running.append(sequence)
 
     def _has_room(self, sequence: Sequence) -> bool:
-        """Whether all its known positions, and one more, would fit now."""
+        """Whether all its known positions would fit now."""
         block_size = self._limits.block_size
         needed = blocks_for(sequence.num_positions, block_size) * sequence.num_branches
         cross_needed = blocks_for(sequence.prompt.cross_len, block_size)
@@ -200,7 +195,9 @@ class Scheduler:
     def _grow(self, sequence: Sequence, num_positions: int) -> bool:
         needed = blocks_for(num_positions, self._limits.block_size)
         for table in sequence.block_tables:
-            blocks = self._pool.allocate(max(0, needed - len(table)), after=table[-1] if table else None)
+            if len(table) >= needed:
+                continue
+            blocks = self._pool.allocate(needed - len(table), after=table[-1] if table else None)
             if blocks is None:
                 return False
             table += blocks
@@ -221,3 +218,20 @@ class Scheduler:
         sequence.block_tables, sequence.cross_blocks = [], []
         sequence.num_cached = 0
         sequence.is_admitted = False
+
+
+def _shares(chosen: list[Sequence], budget: int) -> list[int]:
+    """Positions for each sequence: one in the order given, while the budget lasts; then prefill takes what is left."""
+    branches = [sequence.num_branches for sequence in chosen]
+    counts = [0] * len(chosen)
+    for i, num_branches in enumerate(branches):
+        if num_branches <= budget:
+            counts[i] = 1
+            budget -= num_branches
+    for i, sequence in enumerate(chosen):
+        most = budget // branches[i]
+        if counts[i] and most:
+            more = min(sequence.num_pending - 1, most)
+            counts[i] += more
+            budget -= more * branches[i]
+    return counts

@@ -39,9 +39,12 @@ def linear(x: torch.Tensor, layer: Linear) -> torch.Tensor:
 
 def _matmul_by_tiles(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     num_rows = x.shape[0]
+    if weight.shape[1] == 1:
+        # So would one column.
+        return _matmul_by_tiles(x, weight.expand(-1, 2).contiguous())[:, :1].contiguous()
     if num_rows == 1:
         # One row would take the GEMV path, which sums in another order.
-        return (x.expand(2, -1).contiguous() @ weight)[:1]
+        return torch.mm(x.expand(2, -1), weight)[:1]
     if num_rows <= TILE_ROWS:
         return x @ weight
     out = x.new_empty(num_rows, weight.shape[1])

@@ -37,8 +37,9 @@ def gumbel_noise(keys: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
     keys: int64 [..., 1] from `draw_keys`; ids: int64 [..., K] -> float32 [..., K]. argmax(logits + noise) is a draw
     from softmax(logits). Source: Gumbel 1954; Maddison et al. 2014.
     """
-    bits = _shift(_mix(keys + (ids + 1) * _signed(_GAMMA)), 40)
-    uniform = (bits.to(torch.float32) + 0.5) * 2.0**-24
+    # 23 bits and a half are all a float32 holds: with 24 the last value would round to 1, and its noise to infinity.
+    bits = _shift(_mix(keys + (ids + 1) * _signed(_GAMMA)), 41)
+    uniform = (bits.to(torch.float32) + 0.5) * 2.0**-23
     return -torch.log(-torch.log(uniform))
 
 
