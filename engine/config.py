@@ -12,6 +12,8 @@ from declaim.engine.errors import InvalidConfig
 DTypeName = Literal["auto", "float32", "float16", "bfloat16"]
 VocoderName = Literal["inline", "ray"]
 
+MAX_EXACT_THREADS = 4  # kernels/linear.py keeps its law up to here, measured; see benchmarks/LOG.md
+
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -22,14 +24,15 @@ class EngineConfig:
     device: "auto", "cpu", "cuda" or "cuda:N". dtype: "auto" is float32 on the CPU, bfloat16 or float16 on a GPU.
     vocoder: "inline" decodes in this process, "ray" in a pool of workers that survives their death.
     max_batch: sequences in one step. max_waiting: sequences that may wait beyond those; more are refused.
-    memory_gb: for weights, codec and KV cache together; None takes 90 % of a GPU's free memory, half of the host's.
+    memory_gb: for the model's weights and its KV cache together; None takes 90 % of a GPU's free memory, half of the host's.
     num_blocks: fixes the number of KV blocks instead of planning it from memory.
     max_step_positions: positions computed in one step at most; a longer prompt is prefilled over several.
     max_lead_s: a stream further ahead of its playback than this yields to others.
     first_chunk_s, max_chunk_s: the first piece of audio, and the largest.
     vocoder_workers: fewest and most Ray workers; vocoder_cpus, vocoder_gpus: each one's share.
     ray_address: a running cluster to join; None starts a local Ray.
-    num_threads: CPU threads of the engine's arithmetic; None leaves torch's own number.
+    num_threads: CPU threads of the engine's arithmetic. None takes torch's own number, less a core for a local Ray
+    worker, and at most 4: beyond that MKL splits some sums between threads, and a row's bits depend on its neighbours.
 
     Raises: InvalidConfig.
     """
@@ -94,7 +97,11 @@ class EngineConfig:
         if dtype == "auto":
             has_bfloat16 = kind == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
             dtype = "float32" if kind == "cpu" else "bfloat16" if has_bfloat16 else "float16"
-        return replace(self, device=device, dtype=dtype)
+        return replace(self, device=device, dtype=dtype, num_threads=self.num_threads or self._default_threads())
+
+    def _default_threads(self) -> int:
+        num_others = self.vocoder_workers[0] if self.vocoder == "ray" and self.ray_address is None else 0
+        return max(1, min(MAX_EXACT_THREADS, torch.get_num_threads() - num_others))
 
     @property
     def torch_device(self) -> torch.device:

@@ -7,6 +7,7 @@ a sink; everything between belongs to the engine thread. Whatever ends, ends wit
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import hashlib
 import logging
@@ -17,7 +18,7 @@ import threading
 import time
 import uuid
 from collections import OrderedDict, deque
-from collections.abc import AsyncGenerator, Callable, Generator
+from collections.abc import AsyncGenerator, Callable, Generator, Iterator
 from collections.abc import Sequence as Items
 from dataclasses import dataclass
 from pathlib import Path
@@ -173,10 +174,9 @@ class Engine:
         Raises: ModelNotFound, ModelLoadError, InvalidConfig, OutOfMemory, EngineError (Ray unreachable).
         """
         resolved = (config or EngineConfig()).resolve()
-        if resolved.num_threads is not None:
-            torch.set_num_threads(resolved.num_threads)
         files = find_model(str(model))
-        loaded, codec, recipe = load_model(files, resolved)
+        with _one_thread():
+            loaded, codec, recipe = load_model(files, resolved)
         encoder_recipe = dataclasses.replace(recipe, dtype="float32")
         return cls(
             loaded,
@@ -404,7 +404,8 @@ class Engine:
             if key not in self._encoded:
                 if self._encoder is None:
                     self._encoder = self._load_encoder()
-                self._encoded[key] = EncodedVoice(voice.transcript, encode_voice(self._encoder, voice))
+                with _one_thread():
+                    self._encoded[key] = EncodedVoice(voice.transcript, encode_voice(self._encoder, voice))
                 while len(self._encoded) > MAX_CACHED_VOICES:
                     self._encoded.popitem(last=False)
             self._encoded.move_to_end(key)
@@ -430,6 +431,8 @@ class Engine:
     # On the engine thread.
 
     def _loop(self) -> None:
+        if self.config.num_threads is not None:
+            torch.set_num_threads(self.config.num_threads)
         try:
             while not self._is_closing:
                 if not self._scheduler.num_running and not self._scheduler.num_waiting:
@@ -608,6 +611,21 @@ class _LoopSink:
             self._loop.call_soon_threadsafe(self.events.put_nowait, event)
         except RuntimeError:  # the loop is closed
             self.is_abandoned = True
+
+
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    """Keep torch in this thread to one core.
+
+    OpenMP gives every thread that computes in parallel a team of its own, for ever; with more members than cores, all
+    teams sleep at each barrier instead of spinning, and the engine thread's steps take twice as long.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _new_request_id() -> str:

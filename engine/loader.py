@@ -27,7 +27,7 @@ MODEL_FILES = ("*.json", "*.safetensors")
 
 @dataclass(frozen=True, slots=True)
 class ModelFiles:
-    """A model's folder, its family, and where its codec lies."""
+    """A model's folder, its family, and where its codec lies. name: what callers ask for it by."""
 
     name: str
     folder: Path
@@ -53,11 +53,12 @@ def find_model(name: str) -> ModelFiles:
             raise ModelNotFound(f"{name} is a file: name the folder that holds config.json and model.safetensors")
     else:
         folder = _download(name)
+    shown = folder.resolve().name if Path(name).is_dir() else name
     family = read_json(folder / "config.json").get("model_type")
     if family == "dia":
-        return ModelFiles(name, folder, "dia", _dia_codec_folder(folder))
+        return ModelFiles(shown, folder, "dia", _dia_codec_folder(folder))
     if family == "lark":
-        return ModelFiles(name, folder, "lark", folder / "codec")
+        return ModelFiles(shown, folder, "lark", folder / "codec")
     raise ModelLoadError(f"{folder}/config.json says model_type {family!r}: this version serves dia and lark")
 
 

@@ -15,11 +15,16 @@ import torch
 import torch.nn.functional as F
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class _Read:
-    """What one query position reads: a run of `length` positions from `first_slot`, or the blocks listed."""
+    """What one query position, or two with as much to read, reads: `length` positions from each first slot.
 
-    first_slot: int
+    queries: int64 [1 or 2]. blocks: where a query's blocks are no run of neighbours, those blocks; its first slot is
+    then 0 of their copy.
+    """
+
+    queries: torch.Tensor
+    first_slots: tuple[int, ...]
     length: int
     blocks: torch.Tensor | None
 
@@ -31,6 +36,7 @@ class AttentionPlan:
     block_tables: int32 [R, max_blocks], rows of sequences; query_start: int32 [R + 1], the queries of row r are
     query_start[r] .. query_start[r + 1]; context_lens: int32 [R], cached positions of row r, those of its own
     queries included; causal: query i of n sees context_len - n + i + 1 positions, else all of them.
+    reads, restore: the same for the CPU; restore (int64 [N]) puts what the reads gave into the order of the queries.
     """
 
     block_tables: torch.Tensor
@@ -38,6 +44,7 @@ class AttentionPlan:
     context_lens: torch.Tensor
     causal: bool
     reads: tuple[_Read, ...]
+    restore: torch.Tensor
 
 
 def plan_attention(
@@ -57,26 +64,52 @@ def plan_attention(
         starts.append(starts[-1] + query_len)
     reads: list[_Read] = []
     if device.type == "cpu":
-        for table, query_len, context_len in zip(block_tables, query_lens, context_lens, strict=True):
-            reads += _reads_of(table, query_len, context_len=context_len, block_size=block_size, causal=causal)
+        for row, table in enumerate(block_tables):
+            queries = range(starts[row], starts[row + 1])
+            reads += _reads_of(table, queries, context_len=context_lens[row], block_size=block_size, causal=causal)
+        reads = _in_pairs(reads)
+    order = torch.cat([read.queries for read in reads]) if reads else torch.zeros(0, dtype=torch.int64)
     return AttentionPlan(
         block_tables=torch.tensor(padded, dtype=torch.int32, device=device).view(len(padded), width),
         query_start=torch.tensor(starts, dtype=torch.int32, device=device),
         context_lens=torch.tensor(list(context_lens), dtype=torch.int32, device=device),
         causal=causal,
         reads=tuple(reads),
+        restore=order.argsort(),
     )
 
 
-def _reads_of(table: Sequence[int], query_len: int, *, context_len: int, block_size: int, causal: bool) -> list[_Read]:
-    num_used = -(-context_len // block_size)
-    used = table[:num_used]
-    first = used[0] if num_used else 0
+def _reads_of(table: Sequence[int], queries: range, *, context_len: int, block_size: int, causal: bool) -> list[_Read]:
+    used = table[: -(-context_len // block_size)]
+    first = used[0] if used else 0
     is_run = all(block == first + i for i, block in enumerate(used))
     blocks = None if is_run else torch.tensor(used, dtype=torch.int64)
-    if not causal:
-        return [_Read(first * block_size, context_len, blocks)] * query_len
-    return [_Read(first * block_size, context_len - query_len + i + 1, blocks) for i in range(query_len)]
+    slots = (first * block_size if is_run else 0,)
+    indices = torch.arange(queries.start, queries.stop)
+    return [
+        _Read(indices[i : i + 1], slots, context_len - (len(queries) - i - 1 if causal else 0), blocks)
+        for i in range(len(queries))
+    ]
+
+
+def _in_pairs(reads: Sequence[_Read]) -> list[_Read]:
+    """Two runs of one length are one strided view, so guidance branches share a call; its cost is mostly the call."""
+    paired: list[_Read] = []
+    unpaired: dict[int, _Read] = {}
+    for read in reads:
+        other = unpaired.pop(read.length, None) if read.blocks is None else None
+        if read.blocks is not None or read.length == 0:
+            paired.append(read)
+        elif other is None:
+            unpaired[read.length] = read
+        else:
+            low, high = sorted((other, read), key=lambda item: item.first_slots)
+            paired.append(
+                _Read(
+                    torch.cat([low.queries, high.queries]), low.first_slots + high.first_slots, read.length, blocks=None
+                )
+            )
+    return paired + list(unpaired.values())
 
 
 def paged_attention_reference(
@@ -113,29 +146,41 @@ def paged_attention(
         return _attend_gathered(q, k_cache, v_cache, plan, scale=scale)
     num_queries, num_heads, head_dim = q.shape
     num_kv_heads = k_cache.shape[1]
-    grouped = q.view(num_queries, 1, num_kv_heads, num_heads // num_kv_heads, head_dim)
-    out = torch.empty_like(grouped)
-    keys, values = _as_run(k_cache), _as_run(v_cache)
-    for i, read in enumerate(plan.reads):
-        if read.length == 0:
-            out[i].zero_()
-            continue
-        if read.blocks is None:
-            begin, k, v = read.first_slot, keys, values
-        else:
-            begin, k, v = 0, _gather(k_cache, read.blocks), _gather(v_cache, read.blocks)
-        end = begin + read.length
-        out[i] = F.scaled_dot_product_attention(grouped[i], k[:, :, begin:end], v[:, :, begin:end], scale=scale)
-    return out.view(num_queries, num_heads, head_dim)
+    grouped = q.reshape(num_queries, num_kv_heads, num_heads // num_kv_heads, head_dim)
+    parts = [_attend(grouped, k_cache, v_cache, read, scale=scale) for read in plan.reads]
+    if not parts:
+        return torch.empty_like(q)
+    return torch.cat(parts).index_select(0, plan.restore).view(num_queries, num_heads, head_dim)
 
 
-def _as_run(cache: torch.Tensor) -> torch.Tensor:
-    """View a CPU cache as [1, kv_heads, blocks * block_size, D]."""
-    return cache.transpose(0, 1).flatten(1, 2)[None]
+def _attend(
+    grouped: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, read: _Read, *, scale: float
+) -> torch.Tensor:
+    """The queries of one read, [1 or 2, kv_heads, group, D]."""
+    q = grouped.index_select(0, read.queries)
+    if read.length == 0:
+        return torch.zeros_like(q)
+    if read.blocks is not None:
+        k_cache, v_cache = _gather(k_cache, read.blocks), _gather(v_cache, read.blocks)
+    return F.scaled_dot_product_attention(q, _runs(k_cache, read), _runs(v_cache, read), scale=scale)
+
+
+def _runs(cache: torch.Tensor, read: _Read) -> torch.Tensor:
+    """View the positions of a read in a CPU cache, [1 or 2, kv_heads, length, D]: there they are `head_dim` wide rows
+    of all heads, one after the other."""
+    _, num_kv_heads, _, head_dim = cache.shape
+    position = num_kv_heads * head_dim
+    first = read.first_slots[0]
+    apart = (read.first_slots[-1] - first) * position
+    return cache.as_strided(
+        (len(read.first_slots), num_kv_heads, read.length, head_dim),
+        (apart, head_dim, position, 1),
+        cache.storage_offset() + first * position,
+    )
 
 
 def _gather(cache: torch.Tensor, blocks: torch.Tensor) -> torch.Tensor:
-    return _as_run(cache.transpose(1, 2).index_select(0, blocks).transpose(1, 2))
+    return cache.transpose(1, 2).index_select(0, blocks).transpose(1, 2)
 
 
 def _attend_gathered(

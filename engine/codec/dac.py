@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -39,21 +40,24 @@ _INTEGERS = (
 )
 
 
-def context_frames(upsampling_ratios: Sequence[int]) -> int:
-    """Frames on each side that a frame's samples depend on.
+def stage_reaches(upsampling_ratios: Sequence[int]) -> tuple[int, ...]:
+    """Frames on each side that a frame's samples depend on: of the codes, then of each upsampling block's input.
 
     Walks from the samples of frame 0 back through the decoder: a convolution of 7 with dilation d widens an
     interval by 3 d each side; a transposed convolution of 2 s, stride s, padding s / 2 maps outputs j to
     inputs i with j = i s - s / 2 + tap.
     """
-    low, high = 0, math.prod(upsampling_ratios) - 1
-    low, high = low - _KERNEL_REACH, high + _KERNEL_REACH
+    rate = math.prod(upsampling_ratios)
+    low, high = -_KERNEL_REACH, rate - 1 + _KERNEL_REACH
+    reaches: list[int] = []
     for stride in reversed(upsampling_ratios):
         reach = _KERNEL_REACH * sum(_DILATIONS)
         low, high = low - reach, high + reach
         padding = stride // 2
         low, high = -((2 * stride - 1 - padding - low) // stride), (high + padding) // stride
-    return max(_KERNEL_REACH - low, high + _KERNEL_REACH)
+        rate //= stride
+        reaches.append(max(-(low // rate), high // rate))
+    return (reaches[-1] + _KERNEL_REACH, *reversed(reaches))
 
 
 def _read_config(path: Path) -> DacConfig:
@@ -119,8 +123,10 @@ class DacCodec:
     a voice, and rounding there would change codes.
     """
 
-    def __init__(self, model: DacModel, *, spec: CodecSpec, has_encoder: bool) -> None:
+    def __init__(self, model: DacModel, *, spec: CodecSpec, strides: Sequence[int], has_encoder: bool) -> None:
         self._model = model
+        self._strides = tuple(strides)
+        self._reaches = stage_reaches(strides)[1:]
         self._spec = spec
         self._has_encoder = has_encoder
 
@@ -135,7 +141,7 @@ class DacCodec:
         model = _read_model(folder, config, with_encoder=with_encoder)
         torch.nn.Module.to(model, device=torch.device(recipe.device), dtype=torch.float32)
         model.decoder.to(_DTYPES[recipe.dtype])
-        context = context_frames(config.upsampling_ratios)
+        context = stage_reaches(config.upsampling_ratios)[0]
         spec = CodecSpec(
             sample_rate_hz=config.sampling_rate,
             hop=math.prod(config.upsampling_ratios),
@@ -144,7 +150,7 @@ class DacCodec:
             num_codebooks=config.n_codebooks,
             codebook_size=config.codebook_size,
         )
-        return cls(model, spec=spec, has_encoder=with_encoder)
+        return cls(model, spec=spec, strides=config.upsampling_ratios, has_encoder=with_encoder)
 
     @property
     def spec(self) -> CodecSpec:
@@ -161,19 +167,32 @@ class DacCodec:
         return weight
 
     @torch.inference_mode()
-    def decode(self, codes: torch.Tensor) -> torch.Tensor:
+    def decode(self, codes: torch.Tensor, *, first: int = 0, last: int | None = None) -> torch.Tensor:
         """See `Codec.decode`. On the CPU an item's samples are the same bits in any batch."""
         if codes.device.type == "cpu" and len(codes) > 1:
             # The CPU's convolutions may split their sums by batch size, and a batch gains nothing there.
-            return torch.cat([self.decode_exact(codes[i : i + 1]).float() for i in range(len(codes))])
-        return self.decode_exact(codes).float()
+            items = [self.decode_exact(codes[i : i + 1], first=first, last=last) for i in range(len(codes))]
+            return torch.cat(items).float()
+        return self.decode_exact(codes, first=first, last=last).float()
 
     @torch.inference_mode()
-    def decode_exact(self, codes: torch.Tensor) -> torch.Tensor:
-        """`decode` of one batch, not rounded to float32: [B, T * hop] in the decoder's dtype."""
-        z = self._model.quantizer.from_codes(codes)[0]
-        samples: torch.Tensor = self._model.decoder(z.to(self._weight.dtype))  # pyright: ignore[reportAttributeAccessIssue]
-        return samples.squeeze(1)
+    def decode_exact(self, codes: torch.Tensor, *, first: int = 0, last: int | None = None) -> torch.Tensor:
+        """`decode` of one batch, not rounded to float32: [B, (last - first) * hop] in the decoder's dtype.
+
+        Each block computes no more context than the samples wanted need from it. The blocks are most of the work,
+        the later ones most of the blocks, and their reach is shorter: a small window costs half.
+        """
+        decoder: Any = self._model.decoder
+        begin, end = 0, codes.shape[2]
+        stop = end if last is None else last
+        x = decoder.conv1(self._model.quantizer.from_codes(codes)[0].to(self._weight.dtype))
+        rate = 1
+        for block, stride, reach in zip(decoder.block, self._strides, self._reaches, strict=True):
+            low, high = max(begin, first - reach), min(end, stop + reach)
+            x = block(x[..., (low - begin) * rate : (high - begin) * rate])
+            begin, end, rate = low, high, rate * stride
+        samples: torch.Tensor = decoder.tanh(decoder.conv2(decoder.snake1(x))).squeeze(1)
+        return samples[:, (first - begin) * rate : (stop - begin) * rate]
 
     @torch.inference_mode()
     def encode(self, audio: torch.Tensor) -> torch.Tensor:

@@ -61,23 +61,23 @@ def self_attention(
 ) -> torch.Tensor:
     """Attention of N new positions over their sequences' caches, their own K and V written first.
 
-    x: [N, C]; angles: [N, D]; slots: int64 [N] -> what the residual stream gains, [N, C].
+    x: [N, C]; angles: [N, 2D]; slots: int64 [N] -> what the residual stream gains, [N, C].
     """
-    q, k, v = _split_heads(linear(rms_norm(x, weights.norm, eps=eps), weights.qkv), shape)
+    q, k, v = _project(x, weights, shape, eps=eps, angles=angles)
     k_cache, v_cache = cache
-    write_cache(apply_rotary(k, angles), v, slots, k_cache, v_cache)
-    mixed = paged_attention(apply_rotary(q, angles), k_cache, v_cache, plan, scale=shape.scale)
+    write_cache(k, v, slots, k_cache, v_cache)
+    mixed = paged_attention(q, k_cache, v_cache, plan, scale=shape.scale)
     return linear(mixed.flatten(1), weights.out)
 
 
 def full_attention(
     x: torch.Tensor, weights: AttentionWeights, shape: AttentionShape, *, eps: float, angles: torch.Tensor
 ) -> torch.Tensor:
-    """Bidirectional attention within one text. x: [L, C]; angles: [L, D] -> what the residual stream gains, [L, C]."""
-    q, k, v = _split_heads(linear(rms_norm(x, weights.norm, eps=eps), weights.qkv), shape)
+    """Bidirectional attention within one text. x: [L, C]; angles: [L, 2D] -> what the residual stream gains, [L, C]."""
+    q, k, v = _project(x, weights, shape, eps=eps, angles=angles)
     group = shape.num_heads // shape.num_kv_heads
-    queries = apply_rotary(q, angles).transpose(0, 1)[None]
-    keys = apply_rotary(k, angles).repeat_interleave(group, 1).transpose(0, 1)[None]
+    queries = q.transpose(0, 1)[None]
+    keys = k.repeat_interleave(group, 1).transpose(0, 1)[None]
     values = v.repeat_interleave(group, 1).transpose(0, 1)[None]
     mixed = F.scaled_dot_product_attention(queries, keys, values, scale=shape.scale)
     return linear(mixed[0].transpose(0, 1).reshape(x.shape[0], -1), weights.out)
@@ -88,7 +88,12 @@ def mlp(x: torch.Tensor, weights: MlpWeights, *, eps: float) -> torch.Tensor:
     return linear(silu_and_mul(linear(rms_norm(x, weights.norm, eps=eps), weights.gate_up)), weights.down)
 
 
-def _split_heads(qkv: torch.Tensor, shape: AttentionShape) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    heads = qkv.view(qkv.shape[0], -1, shape.head_dim)
+def _project(
+    x: torch.Tensor, weights: AttentionWeights, shape: AttentionShape, *, eps: float, angles: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Normed, projected and rotated: q [N, H, D], k and v [N, kv_heads, D]. q and k are rotated as one tensor."""
+    qkv = linear(rms_norm(x, weights.norm, eps=eps), weights.qkv)
+    heads = qkv.view(len(x), -1, shape.head_dim)
     first_v = shape.num_heads + shape.num_kv_heads
-    return heads[:, : shape.num_heads], heads[:, shape.num_heads : first_v], heads[:, first_v:]
+    rotated = apply_rotary(heads[:, :first_v], angles)
+    return rotated[:, : shape.num_heads], rotated[:, shape.num_heads :], heads[:, first_v:]

@@ -77,7 +77,5 @@ def decode_window(codec: Codec, window: Window) -> NDArray[np.float32]:
     Returns float32 [num_frames * hop].
     """
     codes = torch.from_numpy(window.codes.astype(np.int64))[None].to(codec.device)
-    samples = codec.decode(codes)[0]
-    hop = codec.spec.hop
-    begin = window.skip * hop
-    return samples[begin : begin + window.num_frames * hop].to("cpu", torch.float32).numpy()
+    samples = codec.decode(codes, first=window.skip, last=window.skip + window.num_frames)[0]
+    return samples.to("cpu", torch.float32).numpy()

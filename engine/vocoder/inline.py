@@ -82,7 +82,7 @@ def decode_windows(codec: Codec, windows: Sequence[Window]) -> list[DecodedWindo
         return [_decode_one(codec, window) for window in windows]
     places_of: dict[tuple[int, ...], list[int]] = {}
     for place, window in enumerate(windows):
-        places_of.setdefault(window.codes.shape, []).append(place)
+        places_of.setdefault((*window.codes.shape, window.skip, window.num_frames), []).append(place)
     decoded: dict[int, DecodedWindow] = {}
     for places in places_of.values():
         batch = _decode_batch(codec, [windows[place] for place in places])
@@ -109,19 +109,15 @@ def _failed(window: Window, error: Exception) -> DecodedWindow:
 
 
 def _decode_batch(codec: Codec, windows: list[Window]) -> list[DecodedWindow]:
-    """Windows of one shape in one call; if that fails, one by one, so that only the bad one gets an error."""
+    """Windows cut alike in one call; if that fails, one by one, so that only the bad one gets an error."""
     if len(windows) == 1:
         return [_decode_one(codec, windows[0])]
-    codes = np.stack([window.codes for window in windows]).astype(np.int64)
+    codes = torch.from_numpy(np.stack([window.codes for window in windows]).astype(np.int64)).to(codec.device)
+    first, last = windows[0].skip, windows[0].skip + windows[0].num_frames
     try:
-        samples = codec.decode(torch.from_numpy(codes).to(codec.device)).to("cpu", torch.float32).numpy()
+        samples = codec.decode(codes, first=first, last=last).to("cpu", torch.float32).numpy()
     except torch.AcceleratorError:
         raise
     except _WINDOW_ERRORS:
         return [_decode_one(codec, window) for window in windows]
-    hop = codec.spec.hop
-    return [
-        # A copy: a view of a few frames would keep the whole batch's samples alive.
-        DecodedWindow(w.sequence_id, w.index, row[w.skip * hop : (w.skip + w.num_frames) * hop].copy())
-        for w, row in zip(windows, samples, strict=True)
-    ]
+    return [DecodedWindow(w.sequence_id, w.index, row) for w, row in zip(windows, samples, strict=True)]

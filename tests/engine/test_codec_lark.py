@@ -52,9 +52,7 @@ def _load(folder: Path) -> LarkCodec:
     return LarkCodec.load(CodecRecipe(kind="lark", folder=str(folder)), with_encoder=True)
 
 
-def test_decoding_matches_the_test_vector(
-    codec: LarkCodec, vector: tuple[torch.Tensor, torch.Tensor]
-) -> None:
+def test_decoding_matches_the_test_vector(codec: LarkCodec, vector: tuple[torch.Tensor, torch.Tensor]) -> None:
     codes, expected = vector
     samples = codec.decode(codes)
     assert samples.dtype == torch.float32
@@ -70,14 +68,13 @@ def test_every_window_with_its_context_equals_the_whole(
     size = 5
     for begin in range(total - size + 1):
         first, last = max(0, begin - spec.left), min(total, begin + size + spec.right)
-        window = codec.decode(codes[:, :, first:last])[0]
-        skip = (begin - first) * spec.hop
-        torch.testing.assert_close(
-            window[skip : skip + size * spec.hop],
-            whole[begin * spec.hop : (begin + size) * spec.hop],
-            rtol=0.0,
-            atol=1e-4,
-        )
+        skip = begin - first
+        window = codec.decode(codes[:, :, first:last])[0, skip * spec.hop : (skip + size) * spec.hop]
+        trimmed = codec.decode(codes[:, :, first:last], first=skip, last=skip + size)[0]
+        expected = whole[begin * spec.hop : (begin + size) * spec.hop]
+        torch.testing.assert_close(window, expected, rtol=0.0, atol=1e-4)
+        torch.testing.assert_close(trimmed, expected, rtol=0.0, atol=1e-4)
+        torch.testing.assert_close(trimmed, window, rtol=0.0, atol=2e-6)
 
 
 def test_seventeen_frames_of_context_are_exact_ten_are_close_and_four_are_not(codec: LarkCodec) -> None:
@@ -153,12 +150,8 @@ def test_each_further_codebook_brings_the_sound_closer(codec: LarkCodec, speech_
     assert errors[-1] < 0.15
 
 
-@pytest.mark.parametrize(
-    ("num_samples", "num_frames"), [(0, 0), (1, 1), (959, 1), (960, 1), (961, 2), (4800, 5)]
-)
-def test_encoding_rounds_the_number_of_frames_up(
-    codec: LarkCodec, num_samples: int, num_frames: int
-) -> None:
+@pytest.mark.parametrize(("num_samples", "num_frames"), [(0, 0), (1, 1), (959, 1), (960, 1), (961, 2), (4800, 5)])
+def test_encoding_rounds_the_number_of_frames_up(codec: LarkCodec, num_samples: int, num_frames: int) -> None:
     audio = 0.1 * torch.randn(num_samples, generator=torch.Generator().manual_seed(4))
     assert codec.encode(audio).shape == (codec.spec.num_codebooks, num_frames)
 
@@ -193,7 +186,7 @@ def test_the_spec_is_what_config_json_says(codec: LarkCodec) -> None:
     spec = codec.spec
     assert (spec.sample_rate_hz, spec.hop) == (config["sampling_rate"], config["hop_length"])
     assert (spec.num_codebooks, spec.codebook_size) == (config["num_codebooks"], config["codebook_size"])
-    assert (spec.left, spec.right) == (17, 10)
+    assert (spec.left, spec.right) == (10, 10)
     assert codec.device == torch.device("cpu")
 
 

@@ -18,13 +18,13 @@ class FakeCodec:
         self.device = torch.device(device)
         self.calls: list[tuple[int, ...]] = []
 
-    def decode(self, codes: torch.Tensor) -> torch.Tensor:
+    def decode(self, codes: torch.Tensor, *, first: int = 0, last: int | None = None) -> torch.Tensor:
         self.calls.append(tuple(codes.shape))
         if int(codes.max()) >= self.spec.codebook_size:
             raise ValueError(f"code {int(codes.max())} is beyond the codebook ({self.spec.codebook_size})")
         frames = codes.sum(dim=1).to(torch.float32)  # [B, T]
         offsets = torch.arange(self.spec.hop, device=codes.device)
-        return (frames[:, :, None] * 100 + offsets).flatten(1)
+        return (frames[:, first:last, None] * 100 + offsets).flatten(1)
 
     def encode(self, audio: torch.Tensor) -> torch.Tensor:
         raise NotImplementedError("no test encodes with this codec")
