@@ -91,9 +91,7 @@ def answer_for(error: DeclaimError) -> Answer:
     return answer
 
 
-def envelope(
-    message: str, *, type: str, param: str | None = None, code: str | None = None
-) -> dict[str, object]:
+def envelope(message: str, *, type: str, param: str | None = None, code: str | None = None) -> dict[str, object]:
     """The body of an error, all four keys present."""
     return {"error": {"message": message, "type": type, "param": param, "code": code}}
 

@@ -48,9 +48,7 @@ class ServerMetrics:
         self.requests = Counter(
             "declaim_requests", "Speech requests ended", ["status", "outcome"], registry=self._registry
         )
-        self.in_flight = Gauge(
-            "declaim_requests_in_flight", "Speech requests not ended", registry=self._registry
-        )
+        self.in_flight = Gauge("declaim_requests_in_flight", "Speech requests not ended", registry=self._registry)
         self.ttfa_s = Histogram(
             "declaim_ttfa_seconds",
             "From a request's arrival to its first audio",

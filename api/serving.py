@@ -51,9 +51,7 @@ class Serving:
     after `stage` and `failure` were set.
     """
 
-    def __init__(
-        self, load: Callable[[], SpeechEngine], *, on_failure: Callable[[], None] | None = None
-    ) -> None:
+    def __init__(self, load: Callable[[], SpeechEngine], *, on_failure: Callable[[], None] | None = None) -> None:
         self._load = load
         self._on_failure = on_failure
         self._lock = threading.Lock()

@@ -32,9 +32,7 @@ PERCENTILES = (50, 95, 99)
 
 
 def _requests(count: int) -> list[SpeechRequest]:
-    return [
-        SpeechRequest(SENTENCES[i % len(SENTENCES)], sampling=SamplingParams(seed=i)) for i in range(count)
-    ]
+    return [SpeechRequest(SENTENCES[i % len(SENTENCES)], sampling=SamplingParams(seed=i)) for i in range(count)]
 
 
 def _stream(engine: Engine, request: SpeechRequest) -> tuple[float, float]:

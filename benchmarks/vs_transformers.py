@@ -185,9 +185,7 @@ def _silent_engine(folder: Path, config: EngineConfig) -> Engine:
     files, resolved = find_model(str(folder)), config.resolve()
     model, codec, _ = load_model(files, resolved)
     hop = codec.spec.hop
-    return Engine(
-        model, resolved, make_vocoder=lambda wake: SilentVocoder(hop, wake=wake), model_name=files.name
-    )
+    return Engine(model, resolved, make_vocoder=lambda wake: SilentVocoder(hop, wake=wake), model_name=files.name)
 
 
 def _timed(name: str, work: Callable[[], Codes], *, warm_up: Callable[[], object], repeats: int) -> Run:
@@ -221,9 +219,7 @@ def _run_transformers(folder: Path, asks: Sequence[Ask], *, sampled: bool, repea
     ]
 
 
-def _run_declaim(
-    name: str, engine: Engine, groups: Sequence[Sequence[Ask]], *, sampled: bool, repeats: int
-) -> Run:
+def _run_declaim(name: str, engine: Engine, groups: Sequence[Sequence[Ask]], *, sampled: bool, repeats: int) -> Run:
     """The groups one after the other, each at once."""
     short = [Ask(groups[0][0].text, SHORT_FRAMES)]
     return _timed(

@@ -80,15 +80,10 @@ class Heteronym:
     after: frozenset[str]
 
 
-_VERB_CUES = (
-    "to will would can could shall should must may might i you we they don't didn't won't not who let's"
-    " cannot"
-)
+_VERB_CUES = "to will would can could shall should must may might i you we they don't didn't won't not who let's cannot"
 _NOUN_CUES = "the a an this that my your his her its our their no of any each every some another first"
 _BE_CUES = "is are was were be been being am very too so it's that's"
-_HAVE_CUES = (
-    "have has had having i've you've we've they've was were been is are being be he'd she'd already just"
-)
+_HAVE_CUES = "have has had having i've you've we've they've was were been is are being be he'd she'd already just"
 
 
 def _heteronym(usual: str, other: str, cues: str) -> Heteronym:
@@ -385,9 +380,7 @@ class Phonemizer:
             return self.symbol_of_word[lower]
         heteronym = _HETERONYMS.get(lower)
         if heteronym is not None:
-            return self._symbols(
-                (heteronym.other if previous in heteronym.after else heteronym.usual).split()
-            )
+            return self._symbols((heteronym.other if previous in heteronym.after else heteronym.usual).split())
         return self._symbols(self.pronounce(word))
 
     def _symbols(self, phones: list[str] | tuple[str, ...]) -> str:
@@ -452,13 +445,7 @@ class Phonemizer:
                 continue
             stem = self._first_known(_stems(word, ending))
             if stem:
-                return (
-                    _with_s(stem)
-                    if ending == "s"
-                    else _with_ed(stem)
-                    if ending == "ed"
-                    else [*stem, "IH0", "NG"]
-                )
+                return _with_s(stem) if ending == "s" else _with_ed(stem) if ending == "ed" else [*stem, "IH0", "NG"]
         for ending, phones in _SUFFIXES.items():
             if word.endswith(ending) and len(word) >= len(ending) + 4:
                 stem = self._first_known(_stems(word, ending))
@@ -470,9 +457,7 @@ class Phonemizer:
         return next((found for found in map(self._dictionary, stems) if found), [])
 
 
-def _phone_symbols(
-    arpabet: Mapping[str, str], special: Mapping[str, str], stress: Mapping[str, str]
-) -> dict[str, str]:
+def _phone_symbols(arpabet: Mapping[str, str], special: Mapping[str, str], stress: Mapping[str, str]) -> dict[str, str]:
     """Every ARPAbet phone, with and without its stress digit → symbols of the voice."""
     symbols = dict(arpabet)
     for phone in {*arpabet, "AH", "ER"}:

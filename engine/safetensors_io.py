@@ -78,14 +78,10 @@ def read_tensors(path: Path, *, skip_prefixes: Sequence[str] = ()) -> dict[str, 
             return {name: file.get_tensor(name) for name in file.keys() if not name.startswith(skipped)}
     except (SafetensorError, OSError) as error:
         size = path.stat().st_size
-        raise ModelLoadError(
-            f"{path} ({size} bytes) is cut short or corrupted ({error}): {_FETCH_AGAIN}"
-        ) from error
+        raise ModelLoadError(f"{path} ({size} bytes) is cut short or corrupted ({error}): {_FETCH_AGAIN}") from error
 
 
-def take_tensor(
-    tensors: dict[str, torch.Tensor], name: str, *, shape: Sequence[int], path: Path
-) -> torch.Tensor:
+def take_tensor(tensors: dict[str, torch.Tensor], name: str, *, shape: Sequence[int], path: Path) -> torch.Tensor:
     """Remove one tensor from what was read from `path`, after checking its shape.
 
     Raises: ModelLoadError if it is missing or has another shape.

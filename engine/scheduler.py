@@ -1,9 +1,10 @@
 """Who runs in the next step. Owns the queue, the running set and the block pools; torch-free, clock given.
 
 Order: streams without first audio, by arrival; streams by how soon their playback runs dry; requests nobody listens to,
-by arrival; streams more than `max_lead_s` ahead, which run only when nobody else can. Sequences decode one position a
-step; prefill fills what is left of the step's budget, in pieces, so that a long prompt stalls nobody. Branches of a
-sequence are never apart.
+by arrival; streams and segments more than `max_lead_s` ahead, which run only when nobody else can. A sequence of an
+earlier class is admitted however many of a later one run: those wait, with their blocks or, where blocks are short,
+without. Everyone chosen decodes one position a step; prefill fills what is left of the step's budget, in pieces, so
+that a long prompt stalls nobody. Branches of a sequence are never apart.
 """
 
 from __future__ import annotations
@@ -141,37 +142,38 @@ class Scheduler:
             return (2, given.arrived_at, given.segment, given.sequence_id)
         if playback.first_audio_at is None and given.segment == playback.segment:
             return (0, given.arrived_at, given.segment, given.sequence_id)
-        lead_s = playback.lead_s(now)
-        slack_s = lead_s + SEGMENT_LEAD_S * (given.segment - playback.segment)
-        return (YIELDING if lead_s > self._limits.max_lead_s else 1, slack_s, given.segment, given.sequence_id)
-
-    def _yields(self, sequence: Sequence, now: float) -> bool:
-        return self._rank(sequence, now)[0] == YIELDING
+        slack_s = playback.lead_s(now) + SEGMENT_LEAD_S * (given.segment - playback.segment)
+        return (YIELDING if slack_s > self._limits.max_lead_s else 1, slack_s, given.segment, given.sequence_id)
 
     def _admit(self, now: float) -> None:
-        """Move the most urgent waiting sequences into the running set while slots and blocks last."""
+        """Move the most urgent waiting sequences into the running set while places and blocks last."""
         if not self._waiting:
             return
-        num_places = self._limits.max_batch - sum(not self._yields(other, now) for other in self._running)
-        if num_places <= 0:
-            return
-        ranked = sorted(self._waiting, key=lambda sequence: self._rank(sequence, now))
-        for sequence in ranked[:num_places]:
-            while not self._has_room(sequence):
-                ahead = [other for other in self._running if self._yields(other, now)]
-                if self._yields(sequence, now) or not ahead:
-                    return
-                self._preempt(max(ahead, key=lambda other: self._rank(other, now)))
-            cross = self._cross_pool.allocate(
-                blocks_for(sequence.prompt.cross_len, self._limits.block_size), after=None
-            )
-            if cross is None:
+        running = [(self._rank(sequence, now), sequence) for sequence in self._running]
+        waiting = sorted((self._rank(sequence, now), sequence) for sequence in self._waiting)
+        for rank, sequence in waiting:
+            if sum(other[0] <= rank[0] for other, _ in running) >= self._limits.max_batch:
                 return
-            sequence.cross_blocks = cross
-            sequence.block_tables = [[] for _ in range(sequence.num_branches)]
-            sequence.is_admitted = True
+            while not self._has_room(sequence):
+                # Only what nobody listens to, or what is far ahead, gives up its blocks to a newcomer.
+                later = [pair for pair in running if pair[0][0] > max(rank[0], 1)]
+                if not later:
+                    return
+                running.remove(max(later))
+                self._preempt(max(later)[1])
+            self._give_blocks(sequence)
             self._waiting.remove(sequence)
             self._running.append(sequence)
+            running.append((rank, sequence))
+
+    def _give_blocks(self, sequence: Sequence) -> None:
+        """Blocks for all its known positions, so that the next to be admitted sees what is left."""
+        block_size = self._limits.block_size
+        cross = self._cross_pool.allocate(blocks_for(sequence.prompt.cross_len, block_size), after=None)
+        sequence.cross_blocks = cross or []
+        sequence.block_tables = [[] for _ in range(sequence.num_branches)]
+        sequence.is_admitted = True
+        self._grow(sequence, sequence.num_positions)
 
     def _has_room(self, sequence: Sequence) -> bool:
         """Whether all its known positions would fit now."""

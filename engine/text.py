@@ -52,9 +52,7 @@ def check_text(text: str, *, max_chars: int) -> None:
         )
     if not is_speakable(text):
         shown = text if len(text) <= 20 else text[:20] + "…"
-        raise InvalidRequest(
-            f"text {shown!r} has no letter and no digit: send at least one word", param="text"
-        )
+        raise InvalidRequest(f"text {shown!r} has no letter and no digit: send at least one word", param="text")
 
 
 # Numbers in words.
@@ -125,8 +123,7 @@ _SPOKEN_IN_ADDRESS = MappingProxyType(
 )  # fmt: skip
 _DOMAINS = "com|org|net|edu|gov|mil|int|io|ai|dev|app|co|uk|de|fr|eu|info|biz|tv|ly|gg|ch|nl|jp|ca"
 _EXTENSIONS = (
-    "py|js|ts|json|txt|md|csv|html|css|pdf|wav|mp3|mp4|zip|png|jpg|jpeg|gif|yaml|yml|toml|cpp|exe|sh|docx?"
-    "|xlsx?"
+    "py|js|ts|json|txt|md|csv|html|css|pdf|wav|mp3|mp4|zip|png|jpg|jpeg|gif|yaml|yml|toml|cpp|exe|sh|docx?|xlsx?"
 )
 
 
@@ -488,9 +485,7 @@ _SPELT = frozenset(
     "IBM GUI CLI "
     "NYU UDP IEEE ISO ALU FPGA AAA IOU IUD USD EUR AUD SSID".split()
 )
-_NOT_SPELT = frozenset(
-    {"HMM", "SHH", "BRR", "PSST", "NTH", "MR", "MRS", "DR", "ST", "VS", "MS", "PHD", "ZZZ", "GRR"}
-)
+_NOT_SPELT = frozenset({"HMM", "SHH", "BRR", "PSST", "NTH", "MR", "MRS", "DR", "ST", "VS", "MS", "PHD", "ZZZ", "GRR"})
 
 
 def _acronym(match: Match) -> str:
@@ -582,16 +577,12 @@ _RULES: tuple[Rule, ...] = (
     ),
     (_compile(rf"\b{_MONTH}\s{_DAY}(?!\d|[.,:]\d)(?:,?\s(1[0-9]\d\d|20\d\d)(?![\d%]))?"), _month_day),
     (
-        _compile(
-            rf"(?:\bthe\s)?(?<![\d.,:]){_DAY}\s(?:of\s)?{_MONTH}(?:,?\s(1[0-9]\d\d|20\d\d)(?![\d%]))?(?!\w)"
-        ),
+        _compile(rf"(?:\bthe\s)?(?<![\d.,:]){_DAY}\s(?:of\s)?{_MONTH}(?:,?\s(1[0-9]\d\d|20\d\d)(?![\d%]))?(?!\w)"),
         _day_month,
     ),
     (_compile(rf"\b{_MONTH},?\s(1[0-9]\d\d|20\d\d)(?![\d%,])"), _month_year),
     (
-        _compile(
-            r"(?<![\d:.])([01]?\d|2[0-3]):([0-5]\d)(?::([0-5]\d))?(?:\s?([ap])\.?\s?m\b\.?)?(?![\d:])", _I
-        ),
+        _compile(r"(?<![\d:.])([01]?\d|2[0-3]):([0-5]\d)(?::([0-5]\d))?(?:\s?([ap])\.?\s?m\b\.?)?(?![\d:])", _I),
         _time,
     ),
     (_compile(r"(?<![\d:.,])(0?[1-9]|1[0-2])\s?([ap])\.?m\b\.?", _I), _hour),
@@ -600,9 +591,7 @@ _RULES: tuple[Rule, ...] = (
     (_compile(rf"([-−](?=[$£€¥₹]))?([$£€¥₹])\s?({_NUM}){_MAGNITUDE}", _I), _money),
     (_compile(rf"(?<![\w.,])([-+]?{_NUM})(?:\s?[-–—]\s?({_NUM}))?\s?%"), _percent),
     (
-        _compile(
-            r"(?<![\w.-])(?:\+\d{1,3}[\s.-]?|1[\s.-])?(?:\(\d{3}\)\s?|\d{3}[.-])?\d{3}[.-]\d{4}(?![\w-]|\.\d)"
-        ),
+        _compile(r"(?<![\w.-])(?:\+\d{1,3}[\s.-]?|1[\s.-])?(?:\(\d{3}\)\s?|\d{3}[.-])?\d{3}[.-]\d{4}(?![\w-]|\.\d)"),
         _phone,
     ),
     (_compile(r"(?<!\w)\+\d{1,3}(?:[\s.-]?\d{2,4}){2,5}(?!\w)"), _phone),
@@ -743,9 +732,7 @@ _NEVER_LAST = frozenset(
     "figs pp p cf ca "
     "approx jan feb mar apr jun jul aug sep sept oct nov dec".split()
 )
-_SELDOM_LAST = frozenset(
-    "etc inc ltd co corp jr sr u.s u.k u.n e.u a.m p.m u.s.a ph.d dept ave blvd rd al".split()
-)
+_SELDOM_LAST = frozenset("etc inc ltd co corp jr sr u.s u.k u.n e.u a.m p.m u.s.a ph.d dept ave blvd rd al".split())
 _SENTENCE_STARTERS = frozenset(
     "The A An It He She They We I You This That These Those There Here In On At But And So If When While "
     "What Why How "
@@ -764,9 +751,7 @@ def segment(text: str, *, max_chars: int = 120, min_chars: int = 15) -> list[str
     Raises: InvalidRequest when `max_chars` is below 1.
     """
     if max_chars < 1:
-        raise InvalidRequest(
-            f"max_chars is {max_chars}: a piece holds at least 1 character", param="max_chars"
-        )
+        raise InvalidRequest(f"max_chars is {max_chars}: a piece holds at least 1 character", param="max_chars")
     pieces = [
         piece
         for sentence in _sentences(" ".join(text.split()))
@@ -839,11 +824,7 @@ def _best_cut(text: str, *, max_chars: int, min_chars: int) -> int:
 def _joined(pieces: list[str], *, max_chars: int, min_chars: int) -> list[str]:
     joined: list[str] = []
     for piece in pieces:
-        if (
-            joined
-            and min(len(joined[-1]), len(piece)) < min_chars
-            and len(joined[-1]) + 1 + len(piece) <= max_chars
-        ):
+        if joined and min(len(joined[-1]), len(piece)) < min_chars and len(joined[-1]) + 1 + len(piece) <= max_chars:
             joined[-1] = f"{joined[-1]} {piece}"
         else:
             joined.append(piece)

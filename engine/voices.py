@@ -66,8 +66,7 @@ def prepare_reference(
     peak = float(np.abs(audio).max())
     if peak > _MAX_PEAK:
         raise _invalid(
-            f"peaks at {peak:g}, full scale is 1.0 and at most {_MAX_PEAK:g} is taken: "
-            f"divide 16-bit samples by 32768"
+            f"peaks at {peak:g}, full scale is 1.0 and at most {_MAX_PEAK:g} is taken: divide 16-bit samples by 32768"
         )
     mono = audio.astype(np.float64) if audio.ndim == 1 else audio.mean(axis=1, dtype=np.float64)
     mono_peak = float(np.abs(mono).max())
@@ -85,8 +84,7 @@ def _check_rate(sample_rate_hz: object) -> None:
     whole = isinstance(sample_rate_hz, Integral) and not isinstance(sample_rate_hz, bool)
     if not whole or not MIN_RATE_HZ <= int(sample_rate_hz) <= MAX_RATE_HZ:  # type: ignore[call-overload]
         raise _invalid(
-            f"has a sample rate of {sample_rate_hz!r} Hz: "
-            f"it must be an integer from {MIN_RATE_HZ} to {MAX_RATE_HZ}"
+            f"has a sample rate of {sample_rate_hz!r} Hz: it must be an integer from {MIN_RATE_HZ} to {MAX_RATE_HZ}"
         )
 
 
@@ -100,8 +98,7 @@ def _check_shape(audio: object, sample_rate_hz: int, *, min_s: float, max_s: flo
         raise _invalid(f"is empty: send {min_s:g} to {max_s:g} s")
     if audio.ndim == 2 and audio.shape[1] > MAX_CHANNELS:
         raise _invalid(
-            f"has {audio.shape[1]} channels, at most {MAX_CHANNELS} are taken: "
-            f"the shape is [num_samples, num_channels]"
+            f"has {audio.shape[1]} channels, at most {MAX_CHANNELS} are taken: the shape is [num_samples, num_channels]"
         )
     _check_length(len(audio), sample_rate_hz, min_s=min_s, max_s=max_s)
 
@@ -161,9 +158,7 @@ def read_audio_bytes(data: bytes) -> tuple[NDArray[np.float32], int]:
             limit = math.floor(MAX_REFERENCE_S * rate)
             audio = np.asarray(file.read(frames=min(int(file.frames), limit + 1), dtype="float32"), np.float32)
     except soundfile.SoundFileError as error:
-        raise _invalid(
-            f"({len(data)} bytes) cannot be decoded ({error}): send a WAV, FLAC, MP3 or Ogg file"
-        ) from error
+        raise _invalid(f"({len(data)} bytes) cannot be decoded ({error}): send a WAV, FLAC, MP3 or Ogg file") from error
     _check_length(len(audio), rate, min_s=0.0, max_s=MAX_REFERENCE_S)
     return audio, rate
 
@@ -180,8 +175,6 @@ def encode_voice(
     import torch
 
     target = codec.spec.sample_rate_hz
-    audio = prepare_reference(
-        voice.audio, voice.sample_rate_hz, target_rate_hz=target, min_s=min_s, max_s=max_s
-    )
+    audio = prepare_reference(voice.audio, voice.sample_rate_hz, target_rate_hz=target, min_s=min_s, max_s=max_s)
     codes = codec.encode(torch.from_numpy(audio).to(codec.device))
     return np.ascontiguousarray(codes.t().cpu().numpy(), dtype=np.int32)

@@ -155,9 +155,7 @@ def align(words: list[Word]) -> list[tuple[str, list[str]]]:
     for i, lengths in sorted(aligner.best().items()):
         word, phones = words[i]
         ends = np.cumsum(lengths)
-        aligned.append(
-            (word, [" ".join(phones[end - size : end]) for end, size in zip(ends, lengths, strict=True)])
-        )
+        aligned.append((word, [" ".join(phones[end - size : end]) for end, size in zip(ends, lengths, strict=True)]))
     return aligned
 
 
@@ -253,9 +251,7 @@ class Network:
         slope0 = slope1 @ w["w1"].T
         ends = np.cumsum([WINDOW * LETTER_WIDTH, NUM_PREVIOUS * CLASS_WIDTH])
         parts = np.split(slope0, ends, axis=1)
-        for name, ids, part in zip(
-            ("letters", "previous", "states"), (letters, previous, states), parts, strict=True
-        ):
+        for name, ids, part in zip(("letters", "previous", "states"), (letters, previous, states), parts, strict=True):
             # A product with one-hot rows is many times faster than np.add.at.
             one_hot = np.zeros((ids.size, len(w[name])), np.float32)
             one_hot[np.arange(ids.size), ids.ravel()] = 1
@@ -287,9 +283,7 @@ def train(aligned: list[tuple[str, list[str]]], classes: list[str], num_epochs: 
             pick = order[start : start + BATCH]
             done = network.num_updates / num_updates
             learning_rate = PEAK_LEARNING_RATE * min(1.0, (network.num_updates + 1) / 300) * (1 - done)
-            loss, right = network.step(
-                rows[0][pick], rows[1][pick], rows[2][pick], rows[3][pick], learning_rate
-            )
+            loss, right = network.step(rows[0][pick], rows[1][pick], rows[2][pick], rows[3][pick], learning_rate)
             loss_sum, right_sum, since = loss_sum + loss, right_sum + right, since + 1
             if since == 250:
                 print(
@@ -338,9 +332,7 @@ def evaluate(model: LetterToSound, words: list[Word]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=OUT)
     parser.add_argument("--epochs", type=int, default=5)
     options = parser.parse_args()

@@ -65,9 +65,7 @@ def speak(engine: FakeEngine, **changes: Any) -> httpx.Response:
     return ask(app_of(engine), "POST", SPEECH, json={**BODY, **changes})
 
 
-def check_error(
-    response: httpx.Response, status: int, *, type: str, code: str | None, param: str | None
-) -> str:
+def check_error(response: httpx.Response, status: int, *, type: str, code: str | None, param: str | None) -> str:
     assert response.status_code == status, response.text
     body = response.json()
     assert set(body) == {"error"} and set(body["error"]) == {"message", "type", "param", "code"}
@@ -384,9 +382,7 @@ def test_readiness_waits_for_weights_and_a_warm_up(
     serving.start()
     assert eventually(lambda: stage() == (503, "loading"))
     response = ask(app, "POST", SPEECH, json=BODY)
-    message = check_error(
-        response, 503, type="service_unavailable_error", code="server_is_overloaded", param=None
-    )
+    message = check_error(response, 503, type="service_unavailable_error", code="server_is_overloaded", param=None)
     assert "loading" in message and response.headers["retry-after"] == "5"
     assert ask(app, "GET", "/v1/models").status_code == 503
     assert ask(app, "GET", "/health").json() == {"status": "ok"}

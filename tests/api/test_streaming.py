@@ -86,9 +86,7 @@ async def hang_up(url: str, *, after_parts: int) -> float:
 
 
 @pytest.mark.parametrize(("after_parts", "first_delay_s"), [(0, 30.0), (2, 0.0)])
-def test_a_client_that_hangs_up_ends_the_engines_work_within_100_ms(
-    after_parts: int, first_delay_s: float
-) -> None:
+def test_a_client_that_hangs_up_ends_the_engines_work_within_100_ms(after_parts: int, first_delay_s: float) -> None:
     engine = scripted(num_chunks=500, first_delay_s=first_delay_s, delay_s=30.0 if after_parts == 0 else 0.05)
     with serving_at(lambda: engine) as (url, _):
         left = asyncio.run(hang_up(url, after_parts=after_parts))

@@ -201,6 +201,28 @@ def test_control_bytes_and_special_tokens_in_the_text_are_only_text(checkpoints:
     assert literal.error is None
 
 
+@pytest.mark.parametrize(
+    ("audio", "rate", "words"),
+    [
+        (np.zeros(44100, np.float32), 44100, "silent|quiet"),
+        (np.full(4410, 0.1, np.float32), 44100, "0.1"),
+        (np.full(44100 * 600, 0.1, np.float32), 44100, "600"),
+        (np.full(44100, np.nan, np.float32), 44100, "finite"),
+        (np.full(44100, 0.1, np.float32), 0, "rate"),
+        (np.full(44100, 0.1, np.float32), -16000, "rate"),
+        (np.zeros((2, 2, 2), np.float32), 44100, "shape|dimension"),
+    ],
+)
+def test_reference_audio_that_cannot_be_imitated_is_refused_and_the_next_request_served(
+    checkpoints: dict[str, Path], audio: NDArray[np.float32], rate: int, words: str
+) -> None:
+    with Engine.from_pretrained(checkpoints["small"]) as engine:
+        with pytest.raises(InvalidRequest, match=words):
+            engine.generate([SpeechRequest("[S1] Hi.", voice=Voice("[S1] Words.", audio, rate))], progress=False)
+        (result,) = engine.generate([SpeechRequest("[S1] Hi.", sampling=greedy(30, 3.0))], progress=False)
+    assert result.error is None
+
+
 def test_speed_is_refused_with_a_reason(checkpoints: dict[str, Path]) -> None:
     with Engine.from_pretrained(checkpoints["small"]) as engine, pytest.raises(InvalidRequest, match="pace"):
         engine.generate([SpeechRequest("[S1] Hi.", speed=1.5)], progress=False)

@@ -36,9 +36,7 @@ def test_the_plan_counts_the_bytes_that_the_runner_allocates(cache: CacheSpec, b
     plan = plan_memory(
         model.spec, element_bytes=4, weight_bytes=1000, budget_bytes=2_000_000, block_size=block_size, max_batch=100
     )
-    runner = Runner(
-        model, num_blocks=plan.num_blocks, num_cross_blocks=plan.num_cross_blocks, block_size=block_size
-    )
+    runner = Runner(model, num_blocks=plan.num_blocks, num_cross_blocks=plan.num_cross_blocks, block_size=block_size)
     assert tensor_bytes(runner._caches) + tensor_bytes(runner._cross_caches) == plan.kv_bytes
     assert (plan.num_cross_blocks > 0) == (cache.cross is not None)
 
@@ -93,9 +91,7 @@ def test_weights_and_cache_stay_within_the_budget_and_a_refusal_names_one_that_w
 
 def test_no_more_is_planned_than_the_largest_batch_of_longest_sequences_can_use() -> None:
     spec = replace(spec_with(CacheSpec(3, 2, 8)), max_positions=320)
-    plan = plan_memory(
-        spec, element_bytes=4, weight_bytes=0, budget_bytes=10**12, block_size=32, max_batch=4
-    )
+    plan = plan_memory(spec, element_bytes=4, weight_bytes=0, budget_bytes=10**12, block_size=32, max_batch=4)
     num_branches = 2
     assert plan.num_blocks == num_branches * 4 * 320 // 32
 

@@ -143,10 +143,7 @@ def test_a_missing_main_stress_is_put_on_the_secondary_or_first_vowel() -> None:
 
 
 @settings(max_examples=200, deadline=None)
-@given(
-    text=st.text(alphabet=st.characters(exclude_categories=[]), max_size=80)
-    | st.text("aB'é-. A\n", max_size=80)
-)
+@given(text=st.text(alphabet=st.characters(exclude_categories=[]), max_size=80) | st.text("aB'é-. A\n", max_size=80))
 def test_any_text_gives_bytes_between_1_and_255(phonemizer: Phonemizer, text: str) -> None:
     encoded = phonemizer.encode(text)
     assert encoded[0] == 1 and encoded[-1] == 3
@@ -154,9 +151,7 @@ def test_any_text_gives_bytes_between_1_and_255(phonemizer: Phonemizer, text: st
     bytes(encoded)
 
 
-@pytest.mark.parametrize(
-    "text", ["n't" * 2000, "'" * 5000, "aA" * 2000, "x" * 5000, "A'" * 2000, "b" * 39 + "s'"]
-)
+@pytest.mark.parametrize("text", ["n't" * 2000, "'" * 5000, "aA" * 2000, "x" * 5000, "A'" * 2000, "b" * 39 + "s'"])
 def test_a_monstrous_word_is_said_without_an_error(phonemizer: Phonemizer, text: str) -> None:
     assert all(1 <= value <= 255 for value in phonemizer.encode(text))
 
@@ -169,9 +164,7 @@ def test_loading_is_quick() -> None:
 
 
 def test_4096_characters_are_normalised_and_phonemised_in_a_tenth_of_a_second(phonemizer: Phonemizer) -> None:
-    sentence = (
-        "On Nov 21, 2026, Dr. Smith paid $5.20 for 3 km of the smooth planks, and the birch canoe slid away. "
-    )
+    sentence = "On Nov 21, 2026, Dr. Smith paid $5.20 for 3 km of the smooth planks, and the birch canoe slid away. "
     text = (sentence * 50)[:4096]
     times = []
     for _ in range(5):

@@ -224,6 +224,15 @@ def test_one_sequences_crash_and_one_sequences_nan_leave_the_others_alone() -> N
         assert_same(results[i], alone(request))
 
 
+def test_a_segment_that_fails_ends_its_request_and_no_other() -> None:
+    good = SpeechRequest("abc", sampling=SamplingParams(seed=1, max_seconds=1.5))
+    with make_engine() as engine:
+        results = engine.generate([SpeechRequest("one|two|!nan"), good, SpeechRequest("!crash|one")], progress=False)
+        assert engine.stats().blocks_used == 0
+    assert [result.finish_reason == "error" for result in results] == [True, False, True]
+    assert_same(results[1], alone(good))
+
+
 def test_a_cancelled_request_frees_its_blocks_and_raises_in_its_stream() -> None:
     with make_engine(replace(ROOMY, max_lead_s=1000.0), eos_bias=-100.0) as engine:
         endless = SpeechRequest("abc", sampling=SamplingParams(max_seconds=20.0), request_id="r1")

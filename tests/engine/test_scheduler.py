@@ -173,6 +173,49 @@ def test_streams_far_ahead_give_their_blocks_to_one_that_waits() -> None:
     driver.run_out()
 
 
+def test_a_listener_takes_the_place_of_what_nobody_listens_to() -> None:
+    driver = Driver.of(make_scheduler(max_batch=2))
+    for i in range(4):
+        driver.scheduler.add(make_sequence(i, num_frames=20))
+    assert ids(driver.step()) == [0, 1]
+    driver.scheduler.add(make_sequence(9, num_frames=2, playback=listener(None)))
+    for _ in range(4):
+        assert ids(driver.step()) == [9, 0]
+    assert ids(driver.step()) == [0, 1], "what waited goes on with the blocks it had"
+    assert driver.scheduler.num_preemptions == 0
+
+
+def test_a_listener_takes_the_blocks_of_what_nobody_listens_to() -> None:
+    driver = Driver.of(make_scheduler(num_blocks=5))
+    driver.scheduler.add(make_sequence(0, num_frames=15))
+    for _ in range(15):
+        driver.step()
+    driver.scheduler.add(make_sequence(1, num_frames=3, num_prompt=8, playback=listener(None)))
+    assert ids(driver.step()) == [1]
+    assert driver.scheduler.num_preemptions == 1
+    driver.run_out()
+
+
+def test_the_far_segments_of_a_long_text_leave_places_to_others() -> None:
+    driver = Driver.of(make_scheduler(max_batch=4))
+    long_text = listener(1.0)
+    for i in range(12):
+        driver.scheduler.add(make_sequence(i, num_frames=40, playback=long_text, segment=i))
+    assert ids(driver.step()) == [0, 1, 2, 3]
+    driver.scheduler.add(make_sequence(20, num_frames=4, playback=listener(None)))
+    assert ids(driver.step()) == [20, 0, 1, 2]
+
+
+def test_those_admitted_in_one_step_do_not_count_on_the_same_blocks() -> None:
+    driver = Driver.of(make_scheduler(num_blocks=6))
+    for i in range(3):
+        driver.scheduler.add(make_sequence(i, num_frames=2, num_prompt=9))
+    assert ids(driver.step()) == [0, 1]
+    assert driver.scheduler.num_waiting == 1
+    assert driver.scheduler.num_preemptions == 0
+    driver.run_out()
+
+
 def test_a_sequence_joins_at_the_next_step_and_leaves_the_step_it_is_done() -> None:
     driver = Driver.of(make_scheduler())
     short, long = make_sequence(0, num_frames=1), make_sequence(1, num_frames=6)

@@ -195,10 +195,7 @@ def test_normalised_text_has_no_digit_left_and_nothing_raises(text: str) -> None
 @settings(max_examples=200, deadline=None)
 @given(st.integers(min_value=0, max_value=10**15 - 1))
 def test_a_number_reads_the_same_with_and_without_thousands_separators(number: int) -> None:
-    assert (
-        normalize_english(f"about {number:,} x") == normalize_english(f"about {number} x")
-        or 1900 <= number <= 2099
-    )
+    assert normalize_english(f"about {number:,} x") == normalize_english(f"about {number} x") or 1900 <= number <= 2099
 
 
 @pytest.mark.parametrize(
@@ -297,9 +294,7 @@ def test_numbers_and_words_are_never_cut() -> None:
 
 
 def test_a_tiny_sentence_joins_its_neighbour_only_where_both_fit() -> None:
-    assert segment("Yes. This one is quite a bit longer.", max_chars=60) == [
-        "Yes. This one is quite a bit longer."
-    ]
+    assert segment("Yes. This one is quite a bit longer.", max_chars=60) == ["Yes. This one is quite a bit longer."]
     assert segment("Yes. This one is quite a bit longer.", max_chars=32) == [
         "Yes.",
         "This one is quite a bit longer.",

@@ -163,9 +163,7 @@ def test_a_truncated_codec_stops_the_pool_from_being_built(make_client: MakeClie
         make_client(RayPoolOptions(), recipe=CodecRecipe(kind="lark", folder=str(folder)))
 
 
-def test_samples_are_those_of_the_inline_vocoder_and_a_bad_window_fails_alone(
-    codec: Codec, shared: Client
-) -> None:
+def test_samples_are_those_of_the_inline_vocoder_and_a_bad_window_fails_alone(codec: Codec, shared: Client) -> None:
     client = shared
     windows = [window for s in range(4) for window in make_windows(s, 5, length=20 + s)]
     bad = Window(9, 1, np.full((8, 25), 1024, dtype=np.int16), 10, 5)
@@ -177,9 +175,7 @@ def test_samples_are_those_of_the_inline_vocoder_and_a_bad_window_fails_alone(
     assert client.pool.stats().restarts == 0
 
 
-def test_sigkill_of_a_worker_loses_no_window_and_doubles_none(
-    codec: Codec, make_client: MakeClient
-) -> None:
+def test_sigkill_of_a_worker_loses_no_window_and_doubles_none(codec: Codec, make_client: MakeClient) -> None:
     client = make_client(RayPoolOptions(min_workers=2))
     wait_until(lambda: len(client.pool.worker_pids()) == 2)
     windows = [window for s in range(8) for window in make_windows(s, 8)]
@@ -237,9 +233,7 @@ def test_a_cancelled_sequence_does_not_come_back(codec: Codec, shared: Client) -
     assert pool.stats().windows_decoded < before + 208
 
 
-def test_the_pool_grows_while_windows_wait_and_shrinks_when_idle(
-    codec: Codec, make_client: MakeClient
-) -> None:
+def test_the_pool_grows_while_windows_wait_and_shrinks_when_idle(codec: Codec, make_client: MakeClient) -> None:
     client = make_client(RayPoolOptions(max_workers=2, max_windows_per_call=1, idle_timeout_s=0.5))
     (first,) = client.pool.worker_pids()
     windows: list[Window] = []

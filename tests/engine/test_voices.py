@@ -34,9 +34,7 @@ def _noise(num_samples: int, *, seed: int = 0) -> NDArray[np.float32]:
     return (0.1 * np.random.default_rng(seed).standard_normal(num_samples)).astype(np.float32)
 
 
-def _file(
-    audio: NDArray[np.floating], rate_hz: int, *, kind: str = "WAV", subtype: str | None = None
-) -> bytes:
+def _file(audio: NDArray[np.floating], rate_hz: int, *, kind: str = "WAV", subtype: str | None = None) -> bytes:
     buffer = io.BytesIO()
     soundfile.write(buffer, audio, rate_hz, format=kind, subtype=subtype)
     return buffer.getvalue()
@@ -62,9 +60,7 @@ def test_a_tone_above_the_new_nyquist_is_gone(source: int, hz: float) -> None:
     assert np.abs(output[edge:-edge]).max() < 0.5 * 10.0 ** (-80.0 / 20.0)
 
 
-@pytest.mark.parametrize(
-    ("source", "target"), [(44_100, 24_000), (16_000, 24_000), (48_000, 44_100), (8_000, 44_100)]
-)
+@pytest.mark.parametrize(("source", "target"), [(44_100, 24_000), (16_000, 24_000), (48_000, 44_100), (8_000, 44_100)])
 def test_resampling_agrees_with_scipy_below_the_transition(source: int, target: int) -> None:
     common = np.gcd(source, target)
     limit = 0.8 * min(source, target) / source
@@ -179,9 +175,7 @@ def _spoilt(value: float) -> NDArray[np.float32]:
         (None, RATE, "NoneType"),
     ],
 )
-def test_bad_reference_audio_is_refused_naming_the_voice(
-    audio: object, rate: object, message: str
-) -> None:
+def test_bad_reference_audio_is_refused_naming_the_voice(audio: object, rate: object, message: str) -> None:
     with pytest.raises(InvalidRequest, match=message) as caught:
         prepare_reference(audio, rate, target_rate_hz=RATE)  # type: ignore[arg-type]
     assert caught.value.param == "voice"
@@ -202,9 +196,7 @@ def test_the_quietest_accepted_peak_is_minus_sixty_decibels() -> None:
         ("MP3", None, None),
     ],
 )
-def test_files_decode_to_their_samples_and_rate(
-    kind: str, subtype: str | None, tolerance: float | None
-) -> None:
+def test_files_decode_to_their_samples_and_rate(kind: str, subtype: str | None, tolerance: float | None) -> None:
     audio = _tone(440.0, RATE).astype(np.float32)
     decoded, rate = read_audio_bytes(_file(audio, RATE, kind=kind, subtype=subtype))
     assert rate == RATE
