@@ -24,7 +24,8 @@ class EngineConfig:
     device: "auto", "cpu", "cuda" or "cuda:N". dtype: "auto" is float32 on the CPU, bfloat16 or float16 on a GPU.
     vocoder: "inline" decodes in this process, "ray" in a pool of workers that survives their death.
     max_batch: sequences in one step. max_waiting: sequences that may wait beyond those; more are refused.
-    memory_gb: for the model's weights and its KV cache together; None takes 90 % of a GPU's free memory, half of the host's.
+    memory_gb: for the model's weights and its KV cache together; None takes 90 % of a GPU's free memory, or half of the
+    host's.
     num_blocks: fixes the number of KV blocks instead of planning it from memory.
     max_step_positions: positions computed in one step at most; a longer prompt is prefilled over several.
     max_lead_s: a stream further ahead of its playback than this yields to others.

@@ -154,13 +154,13 @@ class Scheduler:
         for rank, sequence in waiting:
             if sum(other[0] <= rank[0] for other, _ in running) >= self._limits.max_batch:
                 return
-            while not self._has_room(sequence):
-                # Only what nobody listens to, or what is far ahead, gives up its blocks to a newcomer.
-                later = [pair for pair in running if pair[0][0] > max(rank[0], 1)]
-                if not later:
-                    return
-                running.remove(max(later))
-                self._preempt(max(later)[1])
+            # Only what nobody listens to, or what is far ahead, gives up its blocks to a newcomer.
+            later = sorted(pair for pair in running if pair[0][0] > max(rank[0], 1))
+            if not self._has_room(sequence, without=[other for _, other in later]):
+                return
+            while not self._has_room(sequence, without=[]):
+                running.remove(later[-1])
+                self._preempt(later.pop()[1])
             self._give_blocks(sequence)
             self._waiting.remove(sequence)
             self._running.append(sequence)
@@ -175,12 +175,14 @@ class Scheduler:
         sequence.is_admitted = True
         self._grow(sequence, sequence.num_positions)
 
-    def _has_room(self, sequence: Sequence) -> bool:
-        """Whether all its known positions would fit now."""
+    def _has_room(self, sequence: Sequence, *, without: list[Sequence]) -> bool:
+        """Whether all its known positions would fit now, were those `without` gone."""
         block_size = self._limits.block_size
         needed = blocks_for(sequence.num_positions, block_size) * sequence.num_branches
         cross_needed = blocks_for(sequence.prompt.cross_len, block_size)
-        return needed <= self._pool.num_free and cross_needed <= self._cross_pool.num_free
+        num_free = self._pool.num_free + sum(len(table) for other in without for table in other.block_tables)
+        num_cross_free = self._cross_pool.num_free + sum(len(other.cross_blocks) for other in without)
+        return needed <= num_free and cross_needed <= num_cross_free
 
     def _hold(self, sequence: Sequence, num_positions: int, ranked: list[Sequence]) -> bool:
         """Make every branch's table long enough, preempting the least urgent until it is.

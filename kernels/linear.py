@@ -56,7 +56,7 @@ def linear(x: torch.Tensor, layer: Linear) -> torch.Tensor:
 def _has_onednn() -> bool:
     # These two operations are what torch's own compiler calls for a frozen linear layer.
     names = ("_linear_pointwise", "_reorder_linear_weight")
-    return torch.backends.mkldnn.is_available() and all(hasattr(torch.ops.mkldnn, name) for name in names)
+    return torch._C._has_mkldnn and all(hasattr(torch.ops.mkldnn, name) for name in names)
 
 
 def _matmul_onednn(x: torch.Tensor, layer: Linear) -> torch.Tensor:

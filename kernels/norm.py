@@ -21,6 +21,7 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, *, eps: float) -> torch.Tens
     if x.is_cuda or x.dtype != torch.float32:
         return rms_norm_reference(x, weight, eps=eps)
     # A few operations in place where torch's own takes ten: on the CPU they cost more than the arithmetic.
-    size = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    size: torch.Tensor = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
     inverse = size.square_().mul_(1.0 / x.shape[-1]).add_(eps).rsqrt_()
-    return (x * inverse).mul_(weight)
+    normed: torch.Tensor = (x * inverse).mul_(weight)
+    return normed

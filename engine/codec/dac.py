@@ -185,7 +185,8 @@ class DacCodec:
         decoder: Any = self._model.decoder
         begin, end = 0, codes.shape[2]
         stop = end if last is None else last
-        x = decoder.conv1(self._model.quantizer.from_codes(codes)[0].to(self._weight.dtype))
+        quantizer: Any = self._model.quantizer
+        x = decoder.conv1(quantizer.from_codes(codes)[0].to(self._weight.dtype))
         rate = 1
         for block, stride, reach in zip(decoder.block, self._strides, self._reaches, strict=True):
             low, high = max(begin, first - reach), min(end, stop + reach)

@@ -15,8 +15,8 @@ from safetensors.torch import load_file, save_file
 from transformers import DacConfig, DacModel
 
 from declaim.engine.codec.base import CodecRecipe
-from declaim.engine.codec.load import load_codec
 from declaim.engine.codec.dac import DacCodec, stage_reaches
+from declaim.engine.codec.load import load_codec
 from declaim.engine.errors import ModelLoadError
 
 CODEBOOKS, SIZE, HOP = 3, 64, 512

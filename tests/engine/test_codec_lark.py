@@ -14,8 +14,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from declaim.engine.codec.base import CodecRecipe
-from declaim.engine.codec.load import load_codec
 from declaim.engine.codec.lark import LarkCodec, slaney_mel_filters
+from declaim.engine.codec.load import load_codec
 from declaim.engine.errors import ModelLoadError
 
 LARK = Path(__file__).parents[2] / "engine" / "assets" / "lark"

@@ -9,9 +9,10 @@ import time
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
+
 from declaim.engine import Engine, EngineConfig, EngineError, SamplingParams, SpeechRequest
 from declaim.engine.vocoder.ray_pool import RayVocoderPool
-from numpy.typing import NDArray
 
 pytestmark = [pytest.mark.ray]
 

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from declaim.engine import Engine, EngineConfig, InvalidConfig, ModelLoadError, ModelNotFound, OutOfMemory
-from declaim.engine.loader import EMBEDDED_FOLDER, find_model
 from safetensors.torch import load_file, save_file
 
+from declaim.engine import Engine, EngineConfig, InvalidConfig, ModelLoadError, ModelNotFound, OutOfMemory
+from declaim.engine.loader import EMBEDDED_FOLDER, find_model
 from tests.dia_checkpoints import make_dia
 
 
