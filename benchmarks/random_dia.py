@@ -48,18 +48,19 @@ class DiaSize:
     max_positions: int
 
 
+# Dia's proportions (four query heads to a KV head, FFN four times as wide): 18 M parameters in the decoder's layers.
 MEDIUM = DiaSize(
-    layers=6,
+    layers=4,
     hidden=512,
     heads=8,
-    kv_heads=4,
+    kv_heads=2,
     cross_heads=8,
     head_dim=64,
-    ffn=1536,
+    ffn=2048,
     encoder_layers=4,
     encoder_hidden=256,
     encoder_heads=4,
-    encoder_ffn=768,
+    encoder_ffn=1024,
     max_positions=1024,
 )
 TINY = DiaSize(

@@ -1,6 +1,7 @@
 """How much faster does declaim make the codes of a batch of Dia requests than transformers, on this CPU?
 
-Method. One process, one checkpoint (Dia's architecture and vocabulary, random weights saved by transformers), float32,
+Method. One run, a process for each system (threads that computed before slow down the next: LOG.md), one
+checkpoint (Dia's architecture and vocabulary, random weights saved by transformers), float32,
 the same number of threads for all, 16 requests of 2 to 9 seconds, guidance 3, greedy or (--sampled) temperature 1.2,
 top_k 45, top_p 0.95. Compared are
 - transformers, one by one: a generate() for each request, with max_new_tokens of its own;
@@ -20,10 +21,12 @@ Each system first runs one short request. The median of --repeats is reported.
 from __future__ import annotations
 
 import argparse
+import multiprocessing
 import statistics
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -199,8 +202,9 @@ def _timed(name: str, work: Callable[[], Codes], *, warm_up: Callable[[], object
     return Run(name, statistics.median(walls), codes)
 
 
-def _run_transformers(folder: Path, asks: Sequence[Ask], *, sampled: bool, repeats: int) -> list[Run]:
-    theirs = Transformers(folder, sampled=sampled)
+def _run_transformers(folder: Path, asks: Sequence[Ask], args: argparse.Namespace) -> list[Run]:
+    torch.set_num_threads(args.threads)
+    theirs = Transformers(folder, sampled=args.sampled)
     torch.manual_seed(0)
     short = [Ask(asks[0].text, SHORT_FRAMES)]
     return [
@@ -208,40 +212,57 @@ def _run_transformers(folder: Path, asks: Sequence[Ask], *, sampled: bool, repea
             "transformers, one by one",
             lambda: [codes for ask in asks for codes in theirs.generate([ask])],
             warm_up=lambda: theirs.generate(short),
-            repeats=repeats,
+            repeats=args.repeats,
         ),
         _timed(
             "transformers, static batch",
             lambda: theirs.generate(asks),
             warm_up=lambda: theirs.generate(short * len(asks)),
-            repeats=repeats,
+            repeats=args.repeats,
         ),
     ]
 
 
-def _run_declaim(name: str, engine: Engine, groups: Sequence[Sequence[Ask]], *, sampled: bool, repeats: int) -> Run:
-    """The groups one after the other, each at once."""
-    short = [Ask(groups[0][0].text, SHORT_FRAMES)]
-    return _timed(
-        name,
-        lambda: [codes for group in groups for codes in _speak(engine, group, sampled=sampled)],
-        warm_up=lambda: _speak(engine, short, sampled=sampled),
-        repeats=repeats,
-    )
+def _run_declaim(folder: Path, asks: Sequence[Ask], args: argparse.Namespace) -> list[Run]:
+    config = EngineConfig(max_batch=args.max_batch, num_threads=args.threads)
+    short = [Ask(asks[0].text, SHORT_FRAMES)]
 
+    def run(name: str, engine: Engine, groups: Sequence[Sequence[Ask]]) -> Run:
+        """The groups one after the other, each at once."""
+        return _timed(
+            name,
+            lambda: [codes for group in groups for codes in _speak(engine, group, sampled=args.sampled)],
+            warm_up=lambda: _speak(engine, short, sampled=args.sampled),
+            repeats=args.repeats,
+        )
 
-def _compare(folder: Path, asks: Sequence[Ask], *, args: argparse.Namespace) -> list[Run]:
-    """All systems, one after the other."""
-    sampled, repeats = args.sampled, args.repeats
-    runs = _run_transformers(folder, asks, sampled=sampled, repeats=repeats)
-    config = EngineConfig(max_batch=args.max_batch)
     with _silent_engine(folder, config) as engine:
-        runs.append(_run_declaim("declaim", engine, [asks], sampled=sampled, repeats=repeats))
+        runs = [run("declaim", engine, [asks])]
         if args.alone:
-            apart = [[ask] for ask in asks]
-            runs.append(_run_declaim("declaim, one by one", engine, apart, sampled=sampled, repeats=repeats))
+            runs.append(run("declaim, one by one", engine, [[ask] for ask in asks]))
+    return runs
+
+
+def _run_declaim_with_vocoder(folder: Path, asks: Sequence[Ask], args: argparse.Namespace) -> list[Run]:
+    config = EngineConfig(max_batch=args.max_batch, num_threads=args.threads)
+    short = [Ask(asks[0].text, SHORT_FRAMES)]
     with Engine.from_pretrained(folder, config) as engine:
-        runs.append(_run_declaim("declaim, with vocoder", engine, [asks], sampled=sampled, repeats=repeats))
+        return [
+            _timed(
+                "declaim, with vocoder",
+                lambda: _speak(engine, asks, sampled=args.sampled),
+                warm_up=lambda: _speak(engine, short, sampled=args.sampled),
+                repeats=args.repeats,
+            )
+        ]
+
+
+def _compare(folder: Path, asks: Sequence[Ask], args: argparse.Namespace) -> list[Run]:
+    """All systems, one after the other, each in a process of its own."""
+    runs: list[Run] = []
+    for system in (_run_transformers, _run_declaim, _run_declaim_with_vocoder):
+        with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
+            runs += process.submit(system, folder, asks, args).result()
     return runs
 
 
@@ -323,7 +344,7 @@ def main() -> None:
             with _silent_engine(Path(name), EngineConfig(max_batch=args.max_batch)) as engine:
                 result = profiling.profile_engine(engine, _requests(asks, sampled=args.sampled))
         else:
-            result = _report(_compare(Path(name), asks, args=args), asks, sampled=args.sampled)
+            result = _report(_compare(Path(name), asks, args), asks, sampled=args.sampled)
     machine.end(document, result)
 
 

@@ -7,7 +7,6 @@ a sink; everything between belongs to the engine thread. Whatever ends, ends wit
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import dataclasses
 import hashlib
 import logging
@@ -18,7 +17,7 @@ import threading
 import time
 import uuid
 from collections import OrderedDict, deque
-from collections.abc import AsyncGenerator, Callable, Generator, Iterator
+from collections.abc import AsyncGenerator, Callable, Generator
 from collections.abc import Sequence as Items
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,6 +52,7 @@ from declaim.engine.scheduler import Scheduler, SchedulerLimits
 from declaim.engine.sequence import Playback, Prompt, Sequence, SequenceInput
 from declaim.engine.spec import ModelSpec
 from declaim.engine.stream import Event, Finished, RequestStream, Sink
+from declaim.engine.threads import one_thread
 from declaim.engine.vocoder.base import Vocoder, Wake
 from declaim.engine.vocoder.inline import InlineVocoder
 
@@ -175,8 +175,7 @@ class Engine:
         """
         resolved = (config or EngineConfig()).resolve()
         files = find_model(str(model))
-        with _one_thread():
-            loaded, codec, recipe = load_model(files, resolved)
+        loaded, codec, recipe = load_model(files, resolved)
         encoder_recipe = dataclasses.replace(recipe, dtype="float32")
         return cls(
             loaded,
@@ -404,7 +403,7 @@ class Engine:
             if key not in self._encoded:
                 if self._encoder is None:
                     self._encoder = self._load_encoder()
-                with _one_thread():
+                with one_thread():
                     self._encoded[key] = EncodedVoice(voice.transcript, encode_voice(self._encoder, voice))
                 while len(self._encoded) > MAX_CACHED_VOICES:
                     self._encoded.popitem(last=False)
@@ -611,21 +610,6 @@ class _LoopSink:
             self._loop.call_soon_threadsafe(self.events.put_nowait, event)
         except RuntimeError:  # the loop is closed
             self.is_abandoned = True
-
-
-@contextlib.contextmanager
-def _one_thread() -> Iterator[None]:
-    """Keep torch in this thread to one core.
-
-    OpenMP gives every thread that computes in parallel a team of its own, for ever; with more members than cores, all
-    teams sleep at each barrier instead of spinning, and the engine thread's steps take twice as long.
-    """
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def _new_request_id() -> str:

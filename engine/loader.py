@@ -17,6 +17,7 @@ from declaim.engine.errors import ModelLoadError, ModelNotFound
 from declaim.engine.models.base import SpeechModel
 from declaim.engine.safetensors_io import read_json
 from declaim.engine.spec import CodecSpec
+from declaim.engine.threads import one_thread
 
 log = logging.getLogger(__name__)
 
@@ -72,8 +73,9 @@ def load_model(files: ModelFiles, config: EngineConfig) -> tuple[SpeechModel, Co
         dtype="float32" if half == torch.float32 else "float16" if half == torch.float16 else "bfloat16",
         device=str(device),
     )
-    codec = load_codec(recipe)
-    model = _load_family(files, codec.spec, dtype=dtype, device=device)
+    with one_thread():
+        codec = load_codec(recipe)
+        model = _load_family(files, codec.spec, dtype=dtype, device=device)
     log.info("event=loaded model=%s family=%s dtype=%s device=%s", files.name, files.family, dtype, device)
     return model, codec, recipe
 

@@ -98,7 +98,8 @@ def draw(inputs: DrawInputs, spec: SamplingSpec) -> torch.Tensor:
     is_random = torch.tensor([not p.greedy for p in inputs.params], device=values.device)
     if bool(is_random.any()):
         if ids is None:
-            values, ids = _compact(values, int((values > -math.inf).sum(-1).max()))
+            state = _compact(values, int((values > -math.inf).sum(-1).max()))
+            values, ids = state.values, state.all_ids()
         seeds = torch.tensor([p.seed for p in inputs.params], device=values.device)
         rows = torch.tensor(inputs.rows, device=values.device)
         noise = gumbel_noise(draw_keys(seeds, rows, num_codebooks=values.shape[1]), ids)
@@ -117,39 +118,67 @@ def _column(numbers: Items[float], like: torch.Tensor) -> torch.Tensor:
     return torch.tensor(numbers, dtype=like.dtype, device=like.device)[:, None, None]
 
 
-def _compact(values: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+def _compact(values: torch.Tensor, count: int) -> Candidates:
     """The `count` largest, in the order of their ids: so equals stand as they do in the whole vocabulary."""
     ids = torch.topk(values, max(1, min(count, values.shape[-1])), dim=-1).indices.sort(-1).values
-    return values.gather(-1, ids), ids
+    return Candidates(values.gather(-1, ids), ids)
 
 
-def _smallest_kept(values: torch.Tensor, top_ks: list[int]) -> torch.Tensor:
-    """The k-th largest value of each row, [B, Q, 1]; -inf where k is 0, which keeps all.
+def _largest(values: torch.Tensor, top_ks: list[int]) -> Candidates:
+    """Each row's k largest and their equals, k = 0 keeps all. `ids` of the result index `values`.
 
-    A bound rather than a list of ids: topk picks among equals by how many it is asked for, so by the neighbours' k.
+    topk picks among equals by how many it is asked for, so by the neighbours' k: its choice counts only where the
+    value after the last one is smaller.
     """
-    widest = min(max(top_ks), values.shape[-1])
-    ranked = torch.topk(values, max(1, widest), dim=-1).values
-    nth = torch.tensor([min(k, widest) - 1 if k else 0 for k in top_ks], device=ranked.device)
-    smallest = ranked.gather(-1, nth[:, None, None].expand(-1, ranked.shape[1], 1))
-    is_off = torch.tensor([k == 0 for k in top_ks], device=ranked.device)[:, None, None]
-    return smallest.masked_fill(is_off, -math.inf)
+    width = values.shape[-1]
+    widest = min(max(top_ks), width)
+    ranked, ids = torch.topk(values, min(max(1, widest) + 1, width), dim=-1)
+    last = torch.tensor([min(k, widest) - 1 if k else 0 for k in top_ks], device=values.device)
+    last = last[:, None, None].expand(-1, values.shape[1], 1)
+    bound = ranked.gather(-1, last)
+    if all(top_ks) and widest < width and bool((ranked.gather(-1, last + 1) < bound).all()):
+        ids = ids[..., :widest].sort(-1).values
+        ranked = values.gather(-1, ids)
+        return Candidates(ranked.masked_fill_(ranked < bound, -math.inf), ids)
+    is_off = torch.tensor([k == 0 for k in top_ks], device=values.device)[:, None, None]
+    values = values.masked_fill(values < bound.masked_fill(is_off, -math.inf), -math.inf)
+    if not all(top_ks):
+        return Candidates(values, None)
+    return _compact(values, int((values > -math.inf).sum(-1).max()))
 
 
 def _guide(inputs: DrawInputs, op: Guidance) -> Candidates:
     """Source: Ho & Salimans 2022, equation 6, with the centre and the filter of the family."""
     if not len(inputs.guided):
         return Candidates(inputs.cond, None)
+    is_whole = len(inputs.guided) == len(inputs.params)
     params = [inputs.params[i] for i in inputs.guided.tolist()]
-    cond = inputs.cond[inputs.guided]
+    cond = inputs.cond if is_whole else inputs.cond[inputs.guided]
     center = cond if op.center == "cond" else inputs.uncond
-    guided = center + _column([p.guidance_scale for p in params], cond) * (cond - inputs.uncond)
+    guided = (cond - inputs.uncond).mul_(_column([p.guidance_scale for p in params], cond)).add_(center)
     top_ks = [p.top_k for p in params]
-    if not op.top_k_filter or not any(top_ks):
-        return Candidates(inputs.cond.index_copy(0, inputs.guided, guided), None)
-    kept = torch.where(_column(top_ks, cond) > 0, cond, guided) if op.keep == "cond" else guided
-    filtered = kept.masked_fill(guided < _smallest_kept(guided, top_ks), -math.inf)
-    return Candidates(inputs.cond.index_copy(0, inputs.guided, filtered), None)
+    state = Candidates(guided, None)
+    if op.top_k_filter and any(top_ks):
+        state = _largest(guided, top_ks)
+        if op.keep == "cond":
+            state = _with_conditional(state, cond, top_ks)
+    if is_whole:
+        return state
+    return Candidates(inputs.cond.index_copy(0, inputs.guided, _whole(state, like=cond)), None)
+
+
+def _with_conditional(state: Candidates, cond: torch.Tensor, top_ks: list[int]) -> Candidates:
+    """The conditional logits of the candidates a guided top-k left; where it was off, the guided ones stay."""
+    values = cond if state.ids is None else cond.gather(-1, state.ids)
+    values = values.masked_fill(state.values == -math.inf, -math.inf)
+    return state.with_values(torch.where(_column(top_ks, cond) > 0, values, state.values))
+
+
+def _whole(state: Candidates, *, like: torch.Tensor) -> torch.Tensor:
+    """The candidates' values over the whole vocabulary, -inf for the others."""
+    if state.ids is None:
+        return state.values
+    return torch.full_like(like, -math.inf).scatter(-1, state.ids, state.values)
 
 
 def _gate_eos(state: Candidates, op: EosGate) -> torch.Tensor:
@@ -179,10 +208,10 @@ def _keep_top_k(state: Candidates, top_ks: list[int]) -> Candidates:
     width = state.values.shape[-1]
     if not any(top_ks) or all(k >= width for k in top_ks):
         return state
-    values = state.values.masked_fill(state.values < _smallest_kept(state.values, top_ks), -math.inf)
-    if state.ids is not None or not all(top_ks):
-        return state.with_values(values)
-    return Candidates(*_compact(values, int((values > -math.inf).sum(-1).max())))
+    kept = _largest(state.values, top_ks)
+    if state.ids is None or kept.ids is None:
+        return Candidates(kept.values, state.ids if kept.ids is None else kept.ids)
+    return Candidates(kept.values, state.ids.gather(-1, kept.ids))
 
 
 def _keep_top_p(state: Candidates, top_ps: list[float]) -> Candidates:

@@ -19,11 +19,11 @@ import torch.nn.functional as F
 class _Read:
     """What one query position, or two with as much to read, reads: `length` positions from each first slot.
 
-    queries: int64 [1 or 2]. blocks: where a query's blocks are no run of neighbours, those blocks; its first slot is
+    queries: their indices. blocks: where a query's blocks are no run of neighbours, those blocks; its first slot is
     then 0 of their copy.
     """
 
-    queries: torch.Tensor
+    queries: tuple[int, ...]
     first_slots: tuple[int, ...]
     length: int
     blocks: torch.Tensor | None
@@ -36,7 +36,8 @@ class AttentionPlan:
     block_tables: int32 [R, max_blocks], rows of sequences; query_start: int32 [R + 1], the queries of row r are
     query_start[r] .. query_start[r + 1]; context_lens: int32 [R], cached positions of row r, those of its own
     queries included; causal: query i of n sees context_len - n + i + 1 positions, else all of them.
-    reads, restore: the same for the CPU; restore (int64 [N]) puts what the reads gave into the order of the queries.
+    reads, order, restore: the same for the CPU; order (int64 [N]) puts the queries into the order of the reads, restore
+    back into their own.
     """
 
     block_tables: torch.Tensor
@@ -44,6 +45,7 @@ class AttentionPlan:
     context_lens: torch.Tensor
     causal: bool
     reads: tuple[_Read, ...]
+    order: torch.Tensor
     restore: torch.Tensor
 
 
@@ -68,13 +70,14 @@ def plan_attention(
             queries = range(starts[row], starts[row + 1])
             reads += _reads_of(table, queries, context_len=context_lens[row], block_size=block_size, causal=causal)
         reads = _in_pairs(reads)
-    order = torch.cat([read.queries for read in reads]) if reads else torch.zeros(0, dtype=torch.int64)
+    order = torch.tensor([query for read in reads for query in read.queries], dtype=torch.int64)
     return AttentionPlan(
         block_tables=torch.tensor(padded, dtype=torch.int32, device=device).view(len(padded), width),
         query_start=torch.tensor(starts, dtype=torch.int32, device=device),
         context_lens=torch.tensor(list(context_lens), dtype=torch.int32, device=device),
         causal=causal,
         reads=tuple(reads),
+        order=order,
         restore=order.argsort(),
     )
 
@@ -85,10 +88,8 @@ def _reads_of(table: Sequence[int], queries: range, *, context_len: int, block_s
     is_run = all(block == first + i for i, block in enumerate(used))
     blocks = None if is_run else torch.tensor(used, dtype=torch.int64)
     slots = (first * block_size if is_run else 0,)
-    indices = torch.arange(queries.start, queries.stop)
     return [
-        _Read(indices[i : i + 1], slots, context_len - (len(queries) - i - 1 if causal else 0), blocks)
-        for i in range(len(queries))
+        _Read((query,), slots, context_len - (queries.stop - query - 1 if causal else 0), blocks) for query in queries
     ]
 
 
@@ -104,11 +105,7 @@ def _in_pairs(reads: Sequence[_Read]) -> list[_Read]:
             unpaired[read.length] = read
         else:
             low, high = sorted((other, read), key=lambda item: item.first_slots)
-            paired.append(
-                _Read(
-                    torch.cat([low.queries, high.queries]), low.first_slots + high.first_slots, read.length, blocks=None
-                )
-            )
+            paired.append(_Read(low.queries + high.queries, low.first_slots + high.first_slots, read.length, None))
     return paired + list(unpaired.values())
 
 
@@ -146,18 +143,20 @@ def paged_attention(
         return _attend_gathered(q, k_cache, v_cache, plan, scale=scale)
     num_queries, num_heads, head_dim = q.shape
     num_kv_heads = k_cache.shape[1]
-    grouped = q.reshape(num_queries, num_kv_heads, num_heads // num_kv_heads, head_dim)
-    parts = [_attend(grouped, k_cache, v_cache, read, scale=scale) for read in plan.reads]
-    if not parts:
+    if not plan.reads:
         return torch.empty_like(q)
-    return torch.cat(parts).index_select(0, plan.restore).view(num_queries, num_heads, head_dim)
+    ordered = q.index_select(0, plan.order).view(num_queries, num_kv_heads, num_heads // num_kv_heads, head_dim)
+    parts = ordered.split([len(read.queries) for read in plan.reads])
+    attended = [
+        _attend(part, k_cache, v_cache, read, scale=scale) for part, read in zip(parts, plan.reads, strict=True)
+    ]
+    return torch.cat(attended).index_select(0, plan.restore).view(num_queries, num_heads, head_dim)
 
 
 def _attend(
-    grouped: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, read: _Read, *, scale: float
+    q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, read: _Read, *, scale: float
 ) -> torch.Tensor:
     """The queries of one read, [1 or 2, kv_heads, group, D]."""
-    q = grouped.index_select(0, read.queries)
     if read.length == 0:
         return torch.zeros_like(q)
     if read.blocks is not None:
