@@ -9,7 +9,7 @@ import torch
 
 from declaim.engine.errors import InvalidConfig
 
-DTypeName = Literal["auto", "float32", "float16", "bfloat16"]
+DTypeName = Literal["auto", "float32", "float16", "bfloat16", "int4"]
 VocoderName = Literal["inline", "ray"]
 
 MAX_EXACT_THREADS = 4  # kernels/linear.py keeps its law up to here, measured; see benchmarks/LOG.md

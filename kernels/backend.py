@@ -15,10 +15,11 @@ from typing import Any
 
 import torch
 import triton
+from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel
 
-IS_INTERPRETED: bool = bool(triton.knobs.runtime.interpret)
+IS_INTERPRETED: bool = bool(knobs.runtime.interpret)
 
 _TYPES = {
     torch.float32: "fp32",
