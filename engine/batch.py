@@ -9,15 +9,14 @@ from declaim.engine.sequence import Sequence
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Entry:
-    """`num_positions` of a sequence, from `sequence.num_cached` on, in every branch."""
+    """`num_positions` of a sequence, from its `num_cached` on, in every branch.
+
+    draws: whether they reach the last known position, from which the next row is drawn.
+    """
 
     sequence: Sequence
     num_positions: int
-
-    @property
-    def draws(self) -> bool:
-        """Whether the step reaches the last known position, from which the next row is drawn."""
-        return self.num_positions == self.sequence.num_pending
+    draws: bool
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -47,7 +47,7 @@ from declaim.engine.loader import EMBEDDED_NAME, find_model, load_model
 from declaim.engine.memory import GB, MemoryPlan, available_bytes, plan_memory
 from declaim.engine.models.base import SpeechModel
 from declaim.engine.request import AudioChunk, FinishReason, ResolvedSampling, SpeechRequest, SpeechResult, Voice
-from declaim.engine.runner import Runner
+from declaim.engine.runner import LaunchedStep, Runner
 from declaim.engine.scheduler import Scheduler, SchedulerLimits
 from declaim.engine.sequence import Playback, Prompt, Sequence, SequenceInput
 from declaim.engine.spec import ModelSpec
@@ -160,6 +160,7 @@ class Engine:
         self._streams: dict[str, RequestStream] = {}
         self._owners: dict[int, RequestStream] = {}  # by sequence id
         self._next_sequence_id = 0
+        self._in_flight: list[LaunchedStep] = []  # launched, and not committed yet
         self._num_steps = 0
         self._num_frames = 0
 
@@ -434,7 +435,7 @@ class Engine:
             torch.set_num_threads(self.config.num_threads)
         try:
             while not self._is_closing:
-                if not self._scheduler.num_running and not self._scheduler.num_waiting:
+                if not (self._scheduler.num_running or self._scheduler.num_waiting or self._in_flight):
                     self._awake.wait()
                 self._awake.clear()
                 self._receive()
@@ -483,16 +484,44 @@ class Engine:
             self._scheduler.add(sequence)
 
     def _step(self) -> None:
-        """Schedule, run, commit, and send what is ready to the vocoder."""
+        """Schedule and launch a step, then take in what the step before gave, which a GPU made in the meantime."""
         batch = self._scheduler.schedule(time.monotonic())
-        if not batch.entries:
-            return
-        batch, drawn = self._run(batch)
-        # A segment that failed has ended its request, and with it segments that ran in the same step.
-        batch = Batch(tuple(entry for entry in batch.entries if entry.sequence.sequence_id in self._owners))
-        self._scheduler.commit(batch, drawn)
+        launched = self._launch(batch) if batch.entries else []
+        due, self._in_flight = self._in_flight, launched
+        if not self._runner.is_asynchronous:
+            due, self._in_flight = launched, []
+        for step in due:
+            self._commit(step)
+
+    def _launch(self, batch: Batch) -> list[LaunchedStep]:
+        """Launch a step. If that fails, launch its sequences one by one, and end those that fail alone."""
+        try:
+            for entry in batch.entries:
+                if not self._runner.has_begun(entry.sequence):
+                    self._runner.begin(entry.sequence)
+            step = self._runner.launch(batch)
+        except Exception as error:  # the step loop's guard: the one place that may catch everything
+            if len(batch.entries) == 1:
+                self._fail(batch.entries[0].sequence, error)
+                return []
+            log.warning("event=step_failed sequences=%d error=%r: running them one by one", len(batch.entries), error)
+            # A segment that fails ends its request, and with it segments of the same step.
+            entries = (entry for entry in batch.entries if entry.sequence.sequence_id in self._owners)
+            return [step for entry in entries for step in self._launch(Batch((entry,)))]
+        self._scheduler.launch(batch)
         self._num_steps += 1
-        self._num_frames += len(drawn)
+        return [step]
+
+    def _commit(self, step: LaunchedStep) -> None:
+        """Record what a step drew, end what failed in it, and send what is ready to the vocoder."""
+        drawn = step.drawn()
+        for entry in step.batch.entries:
+            if entry.draws and (drawn[entry.sequence.sequence_id] < 0).any():
+                error = SequenceFailed("the model's logits were not finite, or nothing was left to draw")
+                self._fail(entry.sequence, error)
+        batch = Batch(tuple(entry for entry in step.batch.entries if entry.sequence.sequence_id in self._owners))
+        self._scheduler.commit(batch, drawn)
+        self._num_frames += sum(entry.draws for entry in batch.entries)
         for entry in batch.entries:
             sequence = entry.sequence
             if sequence.is_done:
@@ -500,33 +529,6 @@ class Engine:
             windows = self._owners[sequence.sequence_id].windows_ready(sequence)
             if windows:
                 self._vocoder.submit(windows)
-
-    def _run(self, batch: Batch) -> tuple[Batch, dict[int, NDArray[np.int32]]]:
-        """Run a step. If it fails, run its sequences one by one, and end those that fail alone.
-
-        Returns the entries that ran, and what they drew ([Q], by sequence id).
-        """
-        try:
-            for entry in batch.entries:
-                if not self._runner.has_begun(entry.sequence):
-                    self._runner.begin(entry.sequence)
-            drawn = self._runner.run(batch)
-        except Exception as error:  # the step loop's guard: the one place that may catch everything
-            if len(batch.entries) == 1:
-                self._fail(batch.entries[0].sequence, error)
-                return Batch(()), {}
-            log.warning("event=step_failed sequences=%d error=%r: running them one by one", len(batch.entries), error)
-            parts = [self._run(Batch((entry,))) for entry in batch.entries]
-            ran = Batch(tuple(entry for part, _ in parts for entry in part.entries))
-            return ran, {key: codes for _, part in parts for key, codes in part.items()}
-        failed = {key for key, codes in drawn.items() if (codes < 0).any()}
-        for entry in batch.entries:
-            if entry.sequence.sequence_id in failed:
-                self._fail(
-                    entry.sequence, SequenceFailed("the model's logits were not finite, or nothing was left to draw")
-                )
-        entries = tuple(entry for entry in batch.entries if entry.sequence.sequence_id not in failed)
-        return Batch(entries), {key: codes for key, codes in drawn.items() if key not in failed}
 
     def _fail(self, sequence: Sequence, error: Exception) -> None:
         stream = self._owners.get(sequence.sequence_id)

@@ -6,7 +6,9 @@ that failed can be run again, with fewer entries.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from collections.abc import Sequence as Items
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -21,8 +23,19 @@ from declaim.kernels.attention import AttentionPlan, plan_attention
 from declaim.kernels.kv_cache import allocate_cache, write_cache
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class LaunchedStep:
+    """A step under way. drawn: waits for it, and gives the drawn codes [Q] by sequence id; negative ones mean that the
+    logits were not finite, or that nothing was left to draw."""
+
+    batch: Batch
+    drawn: Callable[[], dict[int, NDArray[np.int32]]]
+
+
 class Runner:
     """The model, its caches, and the step."""
+
+    is_asynchronous = False
 
     def __init__(self, model: SpeechModel, *, num_blocks: int, num_cross_blocks: int, block_size: int) -> None:
         self._model = model
@@ -52,12 +65,14 @@ class Runner:
         """Forget what `begin` made."""
         self._prefills.pop(sequence.sequence_id, None)
 
+    def launch(self, batch: Batch) -> LaunchedStep:
+        """Run a step's positions; where an entry reaches its last one, draw."""
+        drawn = self.run(batch)
+        return LaunchedStep(batch, lambda: drawn)
+
     @torch.inference_mode()
     def run(self, batch: Batch) -> dict[int, NDArray[np.int32]]:
-        """Run a step's positions; where an entry reaches its last one, draw.
-
-        Returns the drawn codes [Q] by sequence id; negative ones mean that the logits were not finite.
-        """
+        """Run a step and wait for it. Returns the drawn codes [Q] by sequence id."""
         for entry in batch.entries:
             if entry.sequence.num_cached == 0:
                 self._write_cross(entry.sequence)

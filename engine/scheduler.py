@@ -94,22 +94,29 @@ class Scheduler:
         self._admit(now)
         ranks = sorted((self._rank(sequence, now), sequence) for sequence in self._running)  # no two ranks are equal
         ranked = [sequence for _, sequence in ranks]
-        urgent = [sequence for rank, sequence in ranks if rank[0] != YIELDING]
-        chosen = (urgent or ranked)[: limits.max_batch]
+        able = [sequence for sequence in ranked if sequence.can_step]
+        urgent = [sequence for rank, sequence in ranks if rank[0] != YIELDING and sequence.can_step]
+        chosen = (urgent or able)[: limits.max_batch]
         counts = _shares(chosen, limits.max_step_positions)
         entries: list[Entry] = []
         for sequence, count in zip(chosen, counts, strict=True):
             # Blocks are taken from the least urgent, so nobody who has got an entry loses it again.
             if count and sequence.is_admitted and self._hold(sequence, sequence.num_cached + count, ranked):
-                entries.append(Entry(sequence, count))
+                entries.append(Entry(sequence, count, draws=count == sequence.num_pending))
         return Batch(tuple(entries))
 
+    def launch(self, batch: Batch) -> None:
+        """Record that a step is under way: its positions are as good as cached, the rows it draws are in flight."""
+        for entry in batch.entries:
+            entry.sequence.num_cached += entry.num_positions
+            entry.sequence.num_in_flight += entry.draws
+
     def commit(self, batch: Batch, drawn: dict[int, NDArray[np.int32]]) -> None:
-        """Record a step: positions are cached, drawn rows ([Q], by sequence id) are appended, the done leave."""
+        """Record what a launched step gave: drawn rows ([Q], by sequence id) are appended, the done leave."""
         for entry in batch.entries:
             sequence = entry.sequence
-            sequence.num_cached += entry.num_positions
-            if sequence.sequence_id in drawn:
+            if entry.draws:
+                sequence.num_in_flight -= 1
                 sequence.append(drawn[sequence.sequence_id])
             if sequence.is_done:
                 self.remove(sequence)
@@ -150,7 +157,7 @@ class Scheduler:
         if not self._waiting:
             return
         running = [(self._rank(sequence, now), sequence) for sequence in self._running]
-        waiting = sorted((self._rank(sequence, now), sequence) for sequence in self._waiting)
+        waiting = sorted((self._rank(sequence, now), sequence) for sequence in self._waiting if sequence.can_step)
         for rank, sequence in waiting:
             if sum(other[0] <= rank[0] for other, _ in running) >= self._limits.max_batch:
                 return

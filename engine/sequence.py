@@ -78,6 +78,9 @@ class Sequence:
     is_admitted: bool = False
     num_preemptions: int = 0
 
+    # set by the scheduler and `append`
+    num_in_flight: int = 0  # rows being drawn: positions that can be planned with, codes not known yet
+
     # set by `append`
     num_rows: int = 0
     end_row: int | None = None
@@ -120,8 +123,8 @@ class Sequence:
 
     @property
     def num_positions(self) -> int:
-        """Positions known so far."""
-        return self.prompt.prefix_len + self.num_rows
+        """Positions known so far, those of rows in flight included."""
+        return self.prompt.prefix_len + self.num_rows + self.num_in_flight
 
     @property
     def num_pending(self) -> int:
@@ -131,6 +134,16 @@ class Sequence:
     @property
     def is_done(self) -> bool:
         return self.end_row is not None and self.num_rows >= self.end_row + self.rule.num_drain_rows
+
+    @property
+    def can_step(self) -> bool:
+        """Whether there is a step to plan. Rows in flight may be the last ones; and only a step that runs right after
+        the one that draws them finds their codes where it needs them."""
+        num_planned = self.num_rows + self.num_in_flight
+        last_row = self.last_end_row if self.end_row is None else self.end_row
+        if num_planned >= last_row + self.rule.num_drain_rows:
+            return False
+        return self.num_in_flight == 0 or self.num_pending == 1
 
     @property
     def num_prompt_frames(self) -> int:
@@ -149,7 +162,7 @@ class Sequence:
         self.finish_reason = "stop" if num_frames <= self.prompt.max_frames else "length"
 
     def append(self, drawn: NDArray[np.int32]) -> None:
-        """Add the row that was drawn from the last known position. drawn: [Q]."""
+        """Add the row that was in flight. drawn: [Q]."""
         row = self.num_rows
         if self.end_row is None and frames.draws_end(self.rule, drawn):
             self.end_row, self.finish_reason = row, "stop"

@@ -82,6 +82,7 @@ class Driver:
         batch = self.scheduler.schedule(now)
         self.check(batch)
         drawn = {entry.sequence.sequence_id: DRAWN for entry in batch.entries if entry.draws}
+        self.scheduler.launch(batch)
         self.scheduler.commit(batch, drawn)
         self.scheduler.check_integrity()
         self.steps.append({entry.sequence.sequence_id: entry.num_positions for entry in batch.entries})
@@ -449,5 +450,6 @@ def test_scheduling_256_running_sequences_takes_about_half_a_millisecond() -> No
         batch = scheduler.schedule(1.0)
         times.append(time.perf_counter() - begin)
         assert len(batch.entries) == 256
+        scheduler.launch(batch)
         scheduler.commit(batch, {entry.sequence.sequence_id: DRAWN for entry in batch.entries})
     assert min(times) < 2e-3, times
