@@ -43,9 +43,11 @@ from declaim.engine.errors import (
     VocoderLost,
     VoiceNotFound,
 )
+from declaim.engine.graphs import GraphRunner
 from declaim.engine.loader import EMBEDDED_NAME, find_model, load_model
 from declaim.engine.memory import GB, MemoryPlan, available_bytes, plan_memory
 from declaim.engine.models.base import SpeechModel
+from declaim.engine.progress import Progress, ignore_progress
 from declaim.engine.request import AudioChunk, FinishReason, ResolvedSampling, SpeechRequest, SpeechResult, Voice
 from declaim.engine.runner import LaunchedStep, Runner
 from declaim.engine.scheduler import Scheduler, SchedulerLimits
@@ -55,6 +57,7 @@ from declaim.engine.stream import Event, Finished, RequestStream, Sink
 from declaim.engine.threads import one_thread
 from declaim.engine.vocoder.base import Vocoder, Wake
 from declaim.engine.vocoder.inline import InlineVocoder
+from declaim.kernels import backend
 
 log = logging.getLogger(__name__)
 
@@ -151,12 +154,7 @@ class Engine:
                 max_lead_s=config.max_lead_s,
             ),
         )
-        self._runner = Runner(
-            model,
-            num_blocks=self.plan.num_blocks,
-            num_cross_blocks=self.plan.num_cross_blocks,
-            block_size=config.block_size,
-        )
+        self._runner = _make_runner(model, config, self.plan)
         self._streams: dict[str, RequestStream] = {}
         self._owners: dict[int, RequestStream] = {}  # by sequence id
         self._next_sequence_id = 0
@@ -169,14 +167,19 @@ class Engine:
         self._thread.start()
 
     @classmethod
-    def from_pretrained(cls, model: str | Path = EMBEDDED_NAME, config: EngineConfig | None = None) -> Engine:
-        """Load a model folder, a hub id, or the embedded voice ("lark").
+    def from_pretrained(
+        cls,
+        model: str | Path = EMBEDDED_NAME,
+        config: EngineConfig | None = None,
+        progress: Progress = ignore_progress,
+    ) -> Engine:
+        """Load a model folder, a hub id, or the embedded voice ("lark"); `progress` hears how far it is.
 
         Raises: ModelNotFound, ModelLoadError, InvalidConfig, OutOfMemory, EngineError (Ray unreachable).
         """
         resolved = (config or EngineConfig()).resolve()
-        files = find_model(str(model))
-        loaded, codec, recipe = load_model(files, resolved)
+        files = find_model(str(model), progress)
+        loaded, codec, recipe = load_model(files, resolved, progress)
         encoder_recipe = dataclasses.replace(recipe, dtype="float32")
         return cls(
             loaded,
@@ -657,6 +660,18 @@ def _plan(model: SpeechModel, config: EngineConfig) -> MemoryPlan:
     if config.num_blocks is not None:
         plan = dataclasses.replace(plan, num_blocks=config.num_blocks)
     return plan
+
+
+def _make_runner(model: SpeechModel, config: EngineConfig, plan: MemoryPlan) -> Runner | GraphRunner:
+    """Allocates the caches, and captures the graphs where they are used."""
+    runner = Runner(
+        model, num_blocks=plan.num_blocks, num_cross_blocks=plan.num_cross_blocks, block_size=config.block_size
+    )
+    if config.eager or not (model.device.type == "cuda" or backend.IS_INTERPRETED):
+        return runner
+    graphs = GraphRunner(model, runner, block_size=config.block_size, max_batch=config.max_batch)
+    graphs.capture()
+    return graphs
 
 
 def _make_vocoder(config: EngineConfig, codec: Codec, recipe: CodecRecipe, *, wake: Wake) -> Vocoder:

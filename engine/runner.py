@@ -41,10 +41,10 @@ class Runner:
         self._model = model
         self._block_size = block_size
         cache, cross = model.spec.cache, model.spec.cache.cross
-        self._caches = self._allocate(cache.num_layers, num_blocks, cache.num_kv_heads, head_dim=cache.head_dim)
-        self._cross_caches: tuple[LayerCache, ...] = ()
+        self.caches = self._allocate(cache.num_layers, num_blocks, cache.num_kv_heads, head_dim=cache.head_dim)
+        self.cross_caches: tuple[LayerCache, ...] = ()
         if cross is not None:
-            self._cross_caches = self._allocate(
+            self.cross_caches = self._allocate(
                 cross.num_layers, num_cross_blocks, cross.num_kv_heads, head_dim=cross.head_dim
             )
         self._prefills: dict[int, Prefill] = {}
@@ -73,16 +73,9 @@ class Runner:
     @torch.inference_mode()
     def run(self, batch: Batch) -> dict[int, NDArray[np.int32]]:
         """Run a step and wait for it. Returns the drawn codes [Q] by sequence id."""
-        for entry in batch.entries:
-            if entry.sequence.num_cached == 0:
-                self._write_cross(entry.sequence)
-        order = _branch_major(batch.entries)
-        drawing = [entry for entry in batch.entries if entry.draws]
-        context = self._context(batch.entries, order)
-        hidden = self._model.forward(self._embed(order), context)
-        if not drawing:
+        drawing, logits = self.compute(batch)
+        if logits is None:
             return {}
-        logits = self._model.logits(hidden)
         guided = [i for i, entry in enumerate(drawing) if entry.sequence.num_branches > 1]
         inputs = sampler.DrawInputs(
             cond=logits[: len(drawing)],
@@ -94,6 +87,24 @@ class Runner:
         )
         drawn = sampler.draw(inputs, self._model.spec.sampling).to("cpu", torch.int32).numpy()
         return {entry.sequence.sequence_id: codes for entry, codes in zip(drawing, drawn, strict=True)}
+
+    def compute(self, batch: Batch) -> tuple[list[Entry], torch.Tensor | None]:
+        """Run a step up to the logits.
+
+        Returns the D entries that draw, and their logits, float32 [D + G, Q, V]: those of branch 0, then those of
+        branch 1 of the G that have it; None where nobody draws.
+        """
+        for entry in batch.entries:
+            if entry.sequence.num_cached == 0:
+                self._write_cross(entry.sequence)
+        order = _branch_major(batch.entries)
+        hidden = self._model.forward(self._embed(order), self._context(batch.entries, order))
+        drawing = [entry for entry in batch.entries if entry.draws]
+        return drawing, self._model.logits(hidden) if drawing else None
+
+    def side(self, sequence: Sequence) -> torch.Tensor | None:
+        """The side vectors of a sequence that has begun, [rows, C]."""
+        return self._prefills[sequence.sequence_id].side
 
     def _allocate(
         self, num_layers: int, num_blocks: int, num_kv_heads: int, *, head_dim: int
@@ -115,7 +126,7 @@ class Runner:
         slots = self._slots(sequence.cross_blocks, 0, num_positions)
         on_device = torch.from_numpy(slots).to(self._model.device)
         cross = self._prefills[sequence.sequence_id].cross
-        for (k, v), (k_cache, v_cache) in zip(cross, self._cross_caches, strict=True):
+        for (k, v), (k_cache, v_cache) in zip(cross, self.cross_caches, strict=True):
             write_cache(k, v, on_device, k_cache, v_cache)
 
     def _context(self, entries: Items[Entry], order: list[tuple[Entry, int]]) -> StepContext:
@@ -134,15 +145,15 @@ class Runner:
             attention=plan_attention(
                 tables, counts, context_lens=ends, block_size=self._block_size, causal=True, device=device
             ),
-            caches=self._caches,
+            caches=self.caches,
             cross=self._cross_plan(entries),
-            cross_caches=self._cross_caches,
+            cross_caches=self.cross_caches,
             num_conditional=sum(entry.num_positions for entry in entries),
             last=torch.tensor(last, dtype=torch.int64, device=device),
         )
 
     def _cross_plan(self, entries: Items[Entry]) -> AttentionPlan | None:
-        if not self._cross_caches:
+        if not self.cross_caches:
             return None
         return plan_attention(
             [entry.sequence.cross_blocks for entry in entries],

@@ -19,12 +19,15 @@ from declaim.engine.spec import (
     Guidance,
     MinP,
     RepetitionPenalty,
+    SamplingOp,
     SamplingSpec,
     Temperature,
     TopK,
     TopP,
 )
+from declaim.kernels import sample
 from declaim.kernels.noise import draw_keys, gumbel_noise
+from declaim.kernels.sample import SampleOp
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -112,6 +115,31 @@ def draw(inputs: DrawInputs, spec: SamplingSpec) -> torch.Tensor:
     if len(inputs.guided):
         is_finite[inputs.guided] &= torch.isfinite(inputs.uncond.sum((1, 2)))
     return torch.where(is_finite[:, None], drawn, -1)
+
+
+def sample_ops(spec: SamplingSpec) -> tuple[SampleOp, ...]:
+    """The family's ops as `kernels.sample.guided_sample` takes them."""
+    return tuple(_sample_op(op) for op in spec.ops)
+
+
+def _sample_op(op: SamplingOp) -> SampleOp:
+    match op:
+        case Guidance():
+            return sample.guidance(center=op.center, keep=op.keep, top_k_filter=op.top_k_filter)
+        case AllowedIds():
+            return sample.allowed_ids(op.limits)
+        case EosGate():
+            return sample.eos_gate(eos=op.eos, codebook=op.codebook)
+        case RepetitionPenalty():
+            return sample.repetition_penalty(window=op.window, compounding=op.compounding)
+        case Temperature():
+            return sample.TEMPERATURE
+        case TopK():
+            return sample.TOP_K
+        case TopP():
+            return sample.TOP_P
+        case MinP():
+            return sample.MIN_P
 
 
 def _column(numbers: Items[float], like: torch.Tensor) -> torch.Tensor:

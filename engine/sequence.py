@@ -168,6 +168,8 @@ class Sequence:
             self.end_row, self.finish_reason = row, "stop"
         if self.end_row is None and row == self.last_end_row:
             self.end_row, self.finish_reason = row, "length"
+        if self.is_done:  # a rule without drain rows: the row that ends the audio is not part of it
+            return
         end_row = self.end_row if self.end_row is not None and row >= self.end_row else None
         self.rows[row] = frames.next_row(self.rule, drawn, row, end_row=end_row, forced=self.forced)
         self.num_rows += 1

@@ -17,6 +17,7 @@ class CrossSpec:
     num_layers: int
     num_kv_heads: int
     head_dim: int
+    max_positions: int  # the longest text
     positions_per_row: float  # expected cross positions for each self position: how memory is split
 
 
@@ -184,5 +185,6 @@ class ModelSpec:
     hidden_size: int
     vocab_size: int  # logits per codebook
     max_positions: int  # longest sequence (prefix + rows) the model can attend over
+    has_side: bool  # a vector of the text side is added to each row's embedding
     supports_speed: bool
     supports_voice_prompt: bool

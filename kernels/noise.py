@@ -8,11 +8,17 @@ Source: Steele, Lea, Flood 2014, "Fast splittable pseudorandom number generators
 from __future__ import annotations
 
 import torch
+import triton
+import triton.language as tl
 
 _GAMMA = 0x9E3779B97F4A7C15
 _MIX_1 = 0xBF58476D1CE4E5B9
 _MIX_2 = 0x94D049BB133111EB
 _MASK = (1 << 64) - 1
+# What a Triton kernel may read: in it they are uint64.
+_WORD_GAMMA = tl.constexpr(_GAMMA)
+_WORD_MIX_1 = tl.constexpr(_MIX_1)
+_WORD_MIX_2 = tl.constexpr(_MIX_2)
 
 
 def mix64(value: int) -> int:
@@ -56,3 +62,30 @@ def _mix(value: torch.Tensor) -> torch.Tensor:
     value = (value ^ _shift(value, 30)) * _signed(_MIX_1)
     value = (value ^ _shift(value, 27)) * _signed(_MIX_2)
     return value ^ _shift(value, 31)
+
+
+@triton.jit
+def triton_draw_key(seed, row, codebook):
+    """Twin of `draw_keys` for one draw. seed, row: int64, codebook: int32 -> uint64."""
+    of_row = _triton_mix(_triton_mix(seed.to(tl.uint64) + _WORD_GAMMA) + row.to(tl.uint64) * _WORD_GAMMA)
+    return _triton_mix(of_row + (codebook + 1).to(tl.uint64) * _WORD_GAMMA)
+
+
+@triton.jit
+def triton_gumbel_noise(key, ids):
+    """Twin of `gumbel_noise`. key: uint64 from `triton_draw_key`; ids: int32 [K] -> float32 [K]."""
+    uniform = (triton_noise_bits(key, ids).to(tl.float32) + 0.5) * 2.0**-23
+    return -tl.log(-tl.log(uniform))
+
+
+@triton.jit
+def triton_noise_bits(key, ids):
+    """The 23 random bits of candidate ids: int32 [K]."""
+    return (_triton_mix(key + (ids + 1).to(tl.uint64) * _WORD_GAMMA) >> 41).to(tl.int32)
+
+
+@triton.jit
+def _triton_mix(value):
+    value = (value ^ (value >> 30)) * _WORD_MIX_1
+    value = (value ^ (value >> 27)) * _WORD_MIX_2
+    return value ^ (value >> 31)

@@ -99,6 +99,7 @@ class FakeModel:
             hidden_size=HIDDEN,
             vocab_size=VOCAB_SIZE,
             max_positions=MAX_POSITIONS,
+            has_side=False,
             supports_speed=False,
             supports_voice_prompt=True,
         )

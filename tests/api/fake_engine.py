@@ -34,6 +34,7 @@ def make_spec(sample_rate_hz: int) -> ModelSpec:
         hidden_size=64,
         vocab_size=2,
         max_positions=1000,
+        has_side=False,
         supports_speed=True,
         supports_voice_prompt=True,
     )

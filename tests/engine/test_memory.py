@@ -17,7 +17,7 @@ from declaim.engine.runner import Runner
 from declaim.engine.spec import CacheSpec, CrossSpec, ModelSpec
 from tests.fakes import FakeModel
 
-WITH_CROSS = CacheSpec(3, 2, 8, cross=CrossSpec(2, 4, 16, positions_per_row=0.15))
+WITH_CROSS = CacheSpec(3, 2, 8, cross=CrossSpec(2, 4, 16, max_positions=64, positions_per_row=0.15))
 
 
 def spec_with(cache: CacheSpec) -> ModelSpec:
