@@ -151,7 +151,7 @@ def _row_trials(layers: dict[str, tuple[int, int]], dtype: torch.dtype) -> list[
         packed = pack_linear(weight)
         methods: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
             "F.linear, [out, in]": functools.partial(F.linear, weight=weight),
-            "product, [in, out]": functools.partial(torch.mm, mat2=packed.weight),
+            "product, [in, out]": functools.partial(torch.mm, mat2=weight.t().contiguous()),
             "kernels/linear.py": functools.partial(linear, layer=packed),
         }
         label = f"{name} ({num_out}, {num_in})"
