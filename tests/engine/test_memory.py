@@ -1,20 +1,58 @@
-"""The memory plan against the bytes that a runner really allocates."""
+"""The memory plan against the bytes that models, codecs and runners really hold, and what it chooses."""
 
 from __future__ import annotations
 
+import dataclasses
 import re
+import weakref
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import DacConfig, DacModel, DiaConfig, DiaForConditionalGeneration
 
-from declaim.engine.errors import OutOfMemory
-from declaim.engine.memory import MemoryPlan, available_bytes, plan_memory
+from declaim.engine.codec.base import Codec, CodecRecipe
+from declaim.engine.codec.load import load_codec
+from declaim.engine.config import EngineConfig
+from declaim.engine.errors import InvalidConfig, ModelLoadError, OutOfMemory
+from declaim.engine.loader import EMBEDDED_FOLDER, find_model, load_model
+from declaim.engine.memory import (
+    Device,
+    DevicePlan,
+    Load,
+    MemoryPlan,
+    available_bytes,
+    imagined_gpu,
+    plan_device,
+    plan_memory,
+    probe_device,
+)
 from declaim.engine.models.base import LayerCache
+from declaim.engine.parts import (
+    DAC_44KHZ,
+    DIA_1_6B,
+    KNOWN_CONFIGS,
+    Matrices,
+    ModelParts,
+    dac_parts,
+    describe_model,
+    lark_codec_parts,
+)
+from declaim.engine.request import ResolvedSampling
 from declaim.engine.runner import Runner
+from declaim.engine.safetensors_io import read_json
+from declaim.engine.sequence import Playback, Prompt, Sequence, SequenceInput
 from declaim.engine.spec import CacheSpec, CrossSpec, ModelSpec
+from declaim.engine.voices import MAX_REFERENCE_S
+from tests.dia_checkpoints import SMALL, WIDE, DiaSize, make_dia
 from tests.fakes import FakeModel
 
 WITH_CROSS = CacheSpec(3, 2, 8, cross=CrossSpec(2, 4, 16, max_positions=64, positions_per_row=0.15))
@@ -37,7 +75,7 @@ def test_the_plan_counts_the_bytes_that_the_runner_allocates(cache: CacheSpec, b
         model.spec, element_bytes=4, weight_bytes=1000, budget_bytes=2_000_000, block_size=block_size, max_batch=100
     )
     runner = Runner(model, num_blocks=plan.num_blocks, num_cross_blocks=plan.num_cross_blocks, block_size=block_size)
-    assert tensor_bytes(runner._caches) + tensor_bytes(runner._cross_caches) == plan.kv_bytes
+    assert tensor_bytes(runner.caches) + tensor_bytes(runner.cross_caches) == plan.kv_bytes
     assert (plan.num_cross_blocks > 0) == (cache.cross is not None)
 
 
@@ -47,7 +85,9 @@ caches = st.builds(
     num_kv_heads=st.integers(1, 16),
     head_dim=st.integers(8, 128),
     cross=st.none()
-    | st.builds(CrossSpec, st.integers(1, 18), st.integers(1, 16), st.integers(8, 128), st.floats(0.01, 2)),
+    | st.builds(
+        CrossSpec, st.integers(1, 18), st.integers(1, 16), st.integers(8, 128), st.just(64), st.floats(0.01, 2)
+    ),
 )
 
 
@@ -109,3 +149,347 @@ def test_what_a_cpu_offers_is_a_part_of_what_is_free() -> None:
     with open("/proc/meminfo", encoding="ascii") as lines:
         total = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemTotal"))
     assert 0 < available_bytes(torch.device("cpu")) <= total / 2
+
+
+# The parts of a model, from its config, against the loaded model.
+
+DIA_NAME = "nari-labs/Dia-1.6B-0626"
+SAMPLING = ResolvedSampling(1.0, 0, 1.0, 0.0, 1.0, 1.0, 0, 60.0)
+
+
+@pytest.fixture(scope="module", params=[SMALL, WIDE], ids=["small", "wide"])
+def dia_folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    size: DiaSize = request.param
+    return make_dia(tmp_path_factory.mktemp("dia"), size)
+
+
+def parts_of(folder: Path) -> ModelParts:
+    return describe_model(read_json(folder / "config.json"), read_json(folder / "codec/config.json"), name=folder.name)
+
+
+def tensors_in(value: object) -> Iterator[torch.Tensor]:
+    """Every tensor that an object of ours holds, however deep."""
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from tensors_in(item)
+    elif isinstance(value, torch.nn.Module):
+        yield from value.parameters()
+        yield from value.buffers()
+    elif dataclasses.is_dataclass(value):
+        for field in dataclasses.fields(value):
+            yield from tensors_in(getattr(value, field.name))
+    elif type(value).__module__.startswith("declaim.engine."):
+        yield from tensors_in(list(vars(value).values()))
+
+
+def held_bytes(value: object) -> int:
+    return sum(t.numel() * t.element_size() for t in {id(t): t for t in tensors_in(value)}.values())
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", ["dia", "lark"])
+def test_the_config_tells_every_byte_of_weights_that_the_loaded_model_holds(
+    dtype: Any, name: str, dia_folder: Path
+) -> None:
+    folder = dia_folder if name == "dia" else EMBEDDED_FOLDER
+    config = EngineConfig(device="cpu", dtype=dtype).resolve()
+    model, codec, _ = load_model(find_model(str(folder)), config)
+    parts = parts_of(folder)
+    assert parts.weight_bytes(dtype) == held_bytes(model)
+    assert parts.codec.decoder_bytes(4) == held_bytes(codec)
+    text_side = next(part for part in parts.weights if part.is_prefill_only)
+    held = model._encoder if name == "dia" else model._text_side  # type: ignore[attr-defined]
+    assert text_side.bytes_in(dtype) == held_bytes(held)
+    assert parts.weight_bytes(dtype, is_text_offloaded=True) == held_bytes(model) - held_bytes(held)
+
+
+@pytest.mark.parametrize("name", ["dia", "lark"])
+def test_the_config_tells_what_the_loaded_model_says_of_itself(name: str, dia_folder: Path) -> None:
+    folder = dia_folder if name == "dia" else EMBEDDED_FOLDER
+    model, codec, _ = load_model(find_model(str(folder)), EngineConfig(device="cpu").resolve())
+    parts, spec = parts_of(folder), model.spec
+    assert parts.cache == spec.cache
+    assert parts.num_branches == (2 if spec.sampling.has_guidance else 1)
+    assert parts.max_positions == spec.max_positions
+    assert parts.num_drain_rows == spec.rule.num_drain_rows
+    assert parts.logits_per_row == spec.rule.num_codebooks * spec.vocab_size
+    assert parts.codec.frame_rate_hz == spec.codec.frame_rate_hz
+    assert parts.codec.num_context == codec.spec.left + codec.spec.right
+    assert bool(parts.side_elements) == spec.has_side
+    assert bool(parts.codec.num_encoding) == spec.supports_voice_prompt
+
+
+def test_a_stream_takes_the_positions_that_its_sequence_will(dia_folder: Path) -> None:
+    parts = parts_of(dia_folder)
+    model, _, _ = load_model(find_model(str(dia_folder)), EngineConfig(device="cpu").resolve())
+    num_frames = int(3.0 * parts.codec.frame_rate_hz) + 1
+    prompt = Prompt((1,), 0, 1, np.zeros((0, 9), np.int32), num_frames, 2, 1.0)
+    sequence = Sequence(SequenceInput(0, "r", 0, SAMPLING, prompt, 0.0), model.spec.rule, Playback(paced=False))
+    assert parts.rows_for(3.0) == sequence.max_positions
+    assert parts.rows_for(1e6) == parts.max_positions
+
+
+def test_what_encodes_reference_audio_is_counted_whole(dia_folder: Path) -> None:
+    codec = load_codec(CodecRecipe("dac", str(dia_folder / "codec")), with_encoder=True)
+    parts = parts_of(dia_folder).codec
+    assert parts.num_encoding * 4 == held_bytes(codec)
+    frames = -(-MAX_REFERENCE_S * 44100 // 512)
+    assert parts.encoding_bytes == 4 * (parts.num_encoding + frames * parts.encoding_elements)
+
+
+def test_the_numbers_shipped_for_dia_are_the_models() -> None:
+    config, dac = DiaConfig(), DacConfig(n_codebooks=9, sampling_rate=44100)
+    with torch.device("meta"):
+        num_weights = sum(weight.numel() for weight in DiaForConditionalGeneration(config).parameters())
+        codec = DacModel(dac)
+    says = config.to_dict()
+
+    def check(shipped: Mapping[str, Any], actual: Mapping[str, Any]) -> None:
+        for key, value in shipped.items():
+            if isinstance(value, Mapping):
+                check(value, actual[key])
+            else:
+                assert actual[key] == value, key
+
+    check(DIA_1_6B, says)
+    check(DAC_44KHZ, dac.to_dict())
+    parts = dia()
+    derived = 18 * 2048 * 4 + (3072 + 1024) * 256 * 4  # constants of the unconditional branch, and rotary tables
+    assert parts.weight_bytes("float32") == 4 * num_weights + derived
+    assert parts.codec.num_encoding == sum(weight.numel() for weight in codec.parameters())
+    assert parts.codec.num_decoder == sum(weight.numel() for weight in codec.decoder.parameters())
+
+
+@pytest.mark.parametrize(
+    ("num_in", "num_out", "bits"), [(2048, 8192, 4.25), (320, 960, 4.5), (1024, 1, 4.25), (96, 64, 16), (48, 8, 16)]
+)
+def test_int4_takes_half_a_byte_and_a_scale_and_offset_a_group(num_in: int, num_out: int, bits: float) -> None:
+    """Groups of 128 inputs, or 64; a layer that neither divides stays in 16 bits."""
+    layer = Matrices(num_in, num_out, count=3)
+    assert layer.bytes_in("int4") * 8 == 3 * num_in * num_out * bits
+    assert layer.bytes_in("bfloat16") == layer.bytes_in("float16") == layer.bytes_in("float32") / 2
+
+
+class PeakMemory(TorchDispatchMode):
+    """The most bytes that operations' results took at once. Counts storages, as an allocator would."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live = self.peak = 0
+        self._seen: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        given = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
+        for tensor in tree_leaves(result):
+            if not isinstance(tensor, torch.Tensor) or tensor.is_mkldnn:
+                continue
+            storage = tensor.untyped_storage()
+            if storage._cdata not in given and storage._cdata not in self._seen:
+                self._seen.add(storage._cdata)
+                self.live += storage.nbytes()
+                self.peak = max(self.peak, self.live)
+                weakref.finalize(storage, self._free, storage._cdata, storage.nbytes())
+        return result
+
+    def _free(self, key: int, num_bytes: int) -> None:
+        self._seen.discard(key)
+        self.live -= num_bytes
+
+
+def peak_of_decoding(codec: Codec, num_frames: int) -> int:
+    codes = torch.zeros(1, codec.spec.num_codebooks, num_frames, dtype=torch.int64)
+    with PeakMemory() as peak:
+        codec.decode(codes)
+    return peak.peak
+
+
+@pytest.mark.parametrize("name", ["dia", "lark"])
+def test_a_codec_window_peaks_below_what_is_kept_for_it(name: str, dia_folder: Path) -> None:
+    folder = dia_folder if name == "dia" else EMBEDDED_FOLDER
+    codec = load_codec(CodecRecipe("dac" if name == "dia" else "lark", str(folder / "codec")))
+    parts = parts_of(folder).codec
+    for num_frames in (8, 40):
+        kept = parts.window_bytes(num_frames, 4)
+        assert kept / 3 < peak_of_decoding(codec, num_frames + parts.num_context) <= kept
+
+
+def test_reference_audio_peaks_below_what_is_kept_for_it(dia_folder: Path) -> None:
+    codec = load_codec(CodecRecipe("dac", str(dia_folder / "codec")), with_encoder=True)
+    with PeakMemory() as peak:
+        codec.encode(torch.zeros(512 * 60))
+    kept = 60 * parts_of(dia_folder).codec.encoding_elements * 4
+    assert kept / 3 < peak.peak <= kept
+
+
+def test_the_longest_text_peaks_below_what_is_kept_for_it(dia_folder: Path) -> None:
+    model, _, _ = load_model(find_model(str(dia_folder)), EngineConfig(device="cpu").resolve())
+    parts = parts_of(dia_folder)
+    prompt = Prompt((65,) * parts.max_text, 0, parts.max_text, np.zeros((0, 9), np.int32), 1, 2, 1.0)
+    with PeakMemory() as peak:
+        model.prepare(prompt)
+    kept = parts.max_text * (parts.text_elements * 4 + parts.cache.cross_bytes_per_position(4))
+    assert kept / 3 < peak.peak <= kept
+
+
+# What is chosen.
+
+
+def dia() -> ModelParts:
+    return describe_model(DIA_1_6B, DAC_44KHZ, name=DIA_NAME)
+
+
+def total_bytes(plan: DevicePlan) -> int:
+    """Everything on the device, added up again from the plan's lines."""
+    return sum(use.num_bytes for use in (*plan.weights, *plan.workspaces)) + plan.memory.kv_bytes
+
+
+def test_dia_on_8_gb_holds_eight_guided_streams_of_20_seconds_in_16_bits() -> None:
+    plan = plan_device(dia(), imagined_gpu(8.0), load=Load(max_batch=8, stream_s=20.0))
+    assert plan.precision == "bfloat16" and not plan.is_text_offloaded
+    assert plan.num_streams >= plan.num_running == 8
+    assert plan.held_s >= 8 * 20
+    assert total_bytes(plan) == plan.used_bytes <= 8_000_000_000
+
+
+def test_dia_on_6_gb_holds_four_guided_streams_of_20_seconds_in_int4() -> None:
+    plan = plan_device(dia(), imagined_gpu(6.0), load=Load(max_batch=4, stream_s=20.0), dtype="int4")
+    assert plan.num_running == 4 and not plan.is_text_offloaded and plan.window_batch == 4
+
+
+def test_the_largest_precision_that_holds_what_is_asked_is_chosen() -> None:
+    def precision(memory_gb: float, max_batch: int, *, has_bfloat16: bool = True) -> str:
+        device = imagined_gpu(memory_gb, has_bfloat16=has_bfloat16)
+        return plan_device(dia(), device, load=Load(max_batch=max_batch)).precision
+
+    assert precision(16.0, 32) == "bfloat16"
+    assert precision(16.0, 32, has_bfloat16=False) == "float16"
+    assert precision(8.0, 8) == "bfloat16"
+    assert precision(8.0, 32) == "int4"
+    assert precision(4.0, 4) == "int4"
+
+
+def test_on_the_cpu_the_precision_is_float32_unless_another_is_asked_for() -> None:
+    device = Device("cpu", 16_000_000_000)
+    assert plan_device(dia(), device, load=Load()).precision == "float32"
+    plan = plan_device(dia(), device, load=Load(max_batch=2), dtype="int4")
+    assert plan.precision == "int4" and not plan.is_text_offloaded and plan.window_batch == 1
+
+
+def test_the_text_encoder_leaves_the_card_only_where_that_makes_room() -> None:
+    def plan(memory_gb: float, offload: str = "auto", max_batch: int = 8) -> DevicePlan:
+        return plan_device(dia(), imagined_gpu(memory_gb), load=Load(max_batch), dtype="bfloat16", offload=offload)
+
+    roomy, tight = plan(8.0), plan(5.6)
+    assert not roomy.is_text_offloaded
+    assert tight.is_text_offloaded and tight.num_running == 8
+    assert "text encoder" in tight.reason
+    assert "text encoder" in {use.name for use in tight.offloaded}
+    assert plan(8.0, "text").is_text_offloaded
+    assert plan(8.0).is_reference_offloaded
+    here = plan(12.0, "none")
+    assert not here.is_reference_offloaded and not here.offloaded
+    assert "reference-audio encoder" in {use.name for use in here.weights}
+
+
+def test_a_batch_that_cannot_have_two_seconds_each_is_capped() -> None:
+    plan = plan_device(dia(), imagined_gpu(4.6), load=Load(max_batch=256), dtype="bfloat16")
+    assert 1 < plan.max_batch < 256
+    assert f"{plan.num_running} of 256 streams" in plan.reason
+
+
+def test_the_kv_blocks_take_the_bytes_that_the_runner_allocates(dia_folder: Path) -> None:
+    model, _, _ = load_model(find_model(str(dia_folder)), EngineConfig(device="cpu", dtype="bfloat16").resolve())
+    device = Device("cpu", 60_000_000)
+    plan = plan_device(parts_of(dia_folder), device, load=Load(max_batch=2), dtype="bfloat16").memory
+    runner = Runner(model, num_blocks=plan.num_blocks, num_cross_blocks=plan.num_cross_blocks, block_size=32)
+    assert tensor_bytes(runner.caches) + tensor_bytes(runner.cross_caches) == plan.kv_bytes
+
+
+@settings(deadline=None, max_examples=200)
+@given(
+    memory_gb=st.floats(0.01, 100.0),
+    max_batch=st.integers(1, 300),
+    stream_s=st.floats(0.5, 60.0),
+    block_size=st.sampled_from([16, 32, 64]),
+    dtype=st.sampled_from(["auto", "float32", "float16", "bfloat16", "int4"]),
+    offload=st.sampled_from(["auto", "none", "text"]),
+    kind=st.sampled_from(["cpu", "cuda"]),
+)
+def test_a_plan_stays_within_its_budget_and_a_refusal_names_one_that_starts(
+    memory_gb: float, max_batch: int, stream_s: float, block_size: int, dtype: str, offload: str, kind: str
+) -> None:
+    load = Load(max_batch=max_batch, stream_s=stream_s, block_size=block_size)
+
+    def plan(memory_gb: float) -> DevicePlan:
+        device = imagined_gpu(memory_gb) if kind == "cuda" else Device("cpu", int(memory_gb * 1e9))
+        return plan_device(dia(), device, load=load, dtype=dtype, offload=offload)
+
+    try:
+        made = plan(memory_gb)
+    except OutOfMemory as error:
+        named = re.search(r"memory_gb of at least ([0-9.]+) starts", str(error))
+        assert named is not None
+        assert float(named[1]) > memory_gb
+        made = plan(float(named[1]))
+    assert total_bytes(made) == made.used_bytes <= made.device.budget_bytes
+    assert 1 <= made.max_batch <= max_batch
+    assert made.num_running == max_batch or made.reason
+    assert plan(made.device.budget_bytes / 1e9 * 2).num_running >= made.num_running
+
+
+def test_too_little_memory_says_what_would_do_with_less() -> None:
+    def refusal(dtype: str, offload: str, device: Device) -> str:
+        with pytest.raises(OutOfMemory) as refused:
+            plan_device(dia(), device, load=Load(), dtype=dtype, offload=offload)
+        return str(refused.value)
+
+    said = refusal("float16", "none", imagined_gpu(3.0))
+    numbers = [float(number) for number in re.findall(r"\d+\.\d{3}", said)]
+    assert numbers[0] == 3.0 and numbers[1] > max(numbers[2:]) and len(numbers) == 4
+    assert DIA_NAME in said and "dtype int4" in said and "offload text" in said
+    assert "device cpu" in refusal("auto", "auto", imagined_gpu(1.0))
+    assert "dtype int4" in refusal("float32", "auto", Device("cpu", 1_000_000_000))
+
+
+def test_wrong_settings_are_named() -> None:
+    gpu = imagined_gpu(8.0)
+    with pytest.raises(InvalidConfig, match="dtype is 'fp8': use auto, float32"):
+        plan_device(dia(), gpu, load=Load(), dtype="fp8")
+    with pytest.raises(InvalidConfig, match="offload is 'all'"):
+        plan_device(dia(), gpu, load=Load(), offload="all")
+    with pytest.raises(InvalidConfig, match="use float16"):
+        plan_device(dia(), imagined_gpu(8.0, has_bfloat16=False), load=Load(), dtype="bfloat16")
+    for field in ("max_batch", "stream_s", "block_size"):
+        with pytest.raises(InvalidConfig, match=f"{field} is 0"):
+            Load(**{field: 0})
+
+
+def test_a_config_that_cannot_be_read_says_which_key() -> None:
+    with pytest.raises(ModelLoadError, match="model_type 'zonos'"):
+        describe_model({"model_type": "zonos"}, {}, name="x")
+    with pytest.raises(ModelLoadError, match="config of x has no key 'encoder_config'"):
+        describe_model({"model_type": "dia"}, {}, name="x")
+    with pytest.raises(ModelLoadError, match="decoder_config is 3"):
+        describe_model({**DIA_1_6B, "decoder_config": 3}, DAC_44KHZ, name="x")
+    with pytest.raises(ModelLoadError, match="hidden_size is -1, it must be a positive integer"):
+        describe_model({**DIA_1_6B, "encoder_config": {"hidden_size": -1}}, DAC_44KHZ, name="x")
+    with pytest.raises(ModelLoadError, match=r"downsampling_ratios is \[0\]"):
+        dac_parts({**DAC_44KHZ, "downsampling_ratios": [0]})
+    with pytest.raises(ModelLoadError, match="n_fft is '1024'"):
+        lark_codec_parts({**read_json(EMBEDDED_FOLDER / "codec/config.json"), "n_fft": "1024"})
+
+
+def test_this_machine_is_probed_or_given_a_budget() -> None:
+    cpu = torch.device("cpu")
+    assert probe_device(cpu, memory_gb=1.5) == Device("cpu", 1_500_000_000)
+    assert probe_device(cpu, memory_gb=None).budget_bytes > 0
+
+
+def test_the_plan_needs_no_torch_to_be_made() -> None:
+    for name in ("memory", "parts"):
+        source = (Path(__file__).parents[2] / f"engine/{name}.py").read_text()
+        assert not re.search(r"^(import|from) torch", source, re.MULTILINE), name
+    assert DIA_NAME in KNOWN_CONFIGS
