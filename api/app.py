@@ -19,7 +19,7 @@ from starlette.types import ASGIApp
 from declaim.api.access import AccessLayer
 from declaim.api.errors import install_error_handlers
 from declaim.api.metrics import ServerMetrics
-from declaim.api.schemas import ModelCard, ModelList
+from declaim.api.schemas import ModelCard, ModelList, Readiness
 from declaim.api.serving import Serving
 from declaim.api.speech import MODEL_ALIASES, build_speech_router, check_model
 
@@ -76,12 +76,11 @@ def _build_health_router(serving: Serving, metrics: ServerMetrics) -> APIRouter:
 
     @router.get("/ready")
     async def ready() -> JSONResponse:
-        """200 once a real request has gone through the engine and the vocoder, 503 with the stage before."""
-        stage = serving.stage
-        body: dict[str, str] = {"status": stage}
-        if serving.failure is not None:
-            body["error"] = serving.failure
-        return JSONResponse(body, 200 if stage == "ready" else 503)
+        """200 once a real request has gone through the engine and the vocoder, 503 with what is being done before."""
+        status = serving.stage
+        stage, percent = serving.progress()
+        body = Readiness(status=status, stage=stage, percent=percent, error=serving.failure)
+        return JSONResponse(body.model_dump(exclude_none=True), 200 if status == "ready" else 503)
 
     @router.get("/metrics")
     def scrape() -> Response:

@@ -1,7 +1,8 @@
-"""The command line: `declaim say` speaks into a file, `declaim serve` serves HTTP.
+"""The command line: `declaim say` speaks into a file, `declaim serve` serves HTTP; the rest is about models.
 
 Owns options, what the terminal shows, and exit codes: 0 done, 1 something failed, 2 the command was wrong.
-Every error is one line that ends with what to do. Loads no model itself: an engine comes from a factory.
+Every error is one line that ends with what to do. Loads no model itself: an engine comes from a factory. Imports the
+engine only inside the commands that need it: help and listings should not wait for torch.
 """
 
 from __future__ import annotations
@@ -15,43 +16,54 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
-from typing import Annotated, Literal, NoReturn
+from typing import TYPE_CHECKING, Annotated, Literal, NoReturn, Protocol
 
-import numpy as np
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
-from declaim.api.serving import Serving, SpeechEngine
-from declaim.engine import (
-    AudioChunk,
-    DeclaimError,
-    Engine,
-    EngineConfig,
-    InvalidConfig,
-    RequestError,
-    SamplingParams,
-    SpeechRequest,
-)
-from declaim.engine.request import Voice
+from declaim.api.models import build_models_cli, open_default_hub, quantize
+from declaim.api.plan import plan
+from declaim.api.terminal import StageBars, exit_with, exits_on_error
+
+if TYPE_CHECKING:
+    from declaim.api.serving import SpeechEngine
+    from declaim.engine import AudioChunk, EngineConfig, SpeechRequest
+    from declaim.engine.hub import Hub
+    from declaim.engine.progress import Progress as ProgressCallback
+    from declaim.engine.request import Voice
 
 DEFAULT_MODEL = "lark"
 _DRAIN_S = 10
 # Clients pool connections for a minute or two; closing first makes a request of theirs fail now and then.
 _KEEP_ALIVE_S = 130
 
-DType = Literal["auto", "float32", "float16", "bfloat16"]
+DType = Literal["auto", "float32", "float16", "bfloat16", "int4"]
 VocoderKind = Literal["inline", "ray"]
 
 
-EngineFactory = Callable[[str, EngineConfig], SpeechEngine]
+class EngineFactory(Protocol):
+    """Makes an engine, and says how far it is."""
+
+    def __call__(self, model: str, config: EngineConfig, progress: ProgressCallback) -> SpeechEngine: ...
 
 
-def build_cli(factory: EngineFactory = Engine.from_pretrained) -> typer.Typer:
-    """The commands, with engines made by `factory`."""
+def load_engine(model: str, config: EngineConfig, progress: ProgressCallback) -> SpeechEngine:
+    """Engine.from_pretrained, imported when it is called."""
+    from declaim.engine import Engine
+
+    return Engine.from_pretrained(model, config, progress)
+
+
+def build_cli(factory: EngineFactory = load_engine, *, open_hub: Callable[[], Hub] = open_default_hub) -> typer.Typer:
+    """The commands, with engines made by `factory` and models kept in what `open_hub` gives."""
     description = "Serve and speak with autoregressive text-to-speech models."
     app = typer.Typer(name="declaim", help=description, no_args_is_help=True, add_completion=False)
+
+    app.add_typer(build_models_cli(open_hub), name="models")
+    app.command()(quantize)
+    app.command()(plan)
 
     @app.command()
     def say(
@@ -74,7 +86,9 @@ def build_cli(factory: EngineFactory = Engine.from_pretrained) -> typer.Typer:
         vocoder: Annotated[VocoderKind, typer.Option(help="Where audio is decoded.")] = "inline",
     ) -> None:
         """Speak TEXT into a wav file."""
-        try:
+        from declaim.engine import EngineConfig, SamplingParams, SpeechRequest
+
+        with exits_on_error():
             request = SpeechRequest(
                 text=_read_text(text),
                 voice=_read_voice(voice, transcript=transcript, model=model),
@@ -89,15 +103,12 @@ def build_cli(factory: EngineFactory = Engine.from_pretrained) -> typer.Typer:
                 speed=speed,
             )
             _check_writable(out)
-            engine = factory(model, EngineConfig(device=device, dtype=dtype, vocoder=vocoder))
+            with StageBars() as bars:
+                engine = factory(model, EngineConfig(device=device, dtype=dtype, vocoder=vocoder), bars)
             try:
                 _speak(engine, request, out=out)
             finally:
                 engine.close()
-        except (RequestError, InvalidConfig) as error:
-            _exit_with(str(error), code=2)
-        except (DeclaimError, OSError) as error:
-            _exit_with(str(error), code=1)
 
     @app.command()
     def serve(
@@ -122,7 +133,9 @@ def build_cli(factory: EngineFactory = Engine.from_pretrained) -> typer.Typer:
         ] = "info",
     ) -> None:
         """Serve the OpenAI speech API over HTTP."""
-        try:
+        from declaim.engine import EngineConfig
+
+        with exits_on_error():
             config = EngineConfig(
                 device=device,
                 dtype=dtype,
@@ -133,8 +146,6 @@ def build_cli(factory: EngineFactory = Engine.from_pretrained) -> typer.Typer:
                 vocoder_workers=_parse_workers(workers),
                 ray_address=ray_address,
             )
-        except InvalidConfig as error:
-            _exit_with(str(error), code=2)
         logging.basicConfig(
             level=log_level.upper(), format="time=%(asctime)s level=%(levelname)s logger=%(name)s %(message)s"
         )
@@ -143,7 +154,7 @@ def build_cli(factory: EngineFactory = Engine.from_pretrained) -> typer.Typer:
         body = f'{{"model":"{model}","input":"Hello.","response_format":"wav"}}'
         curl = f"curl {url}/v1/audio/speech -H 'content-type: application/json' -d '{body}' -o hello.wav"
         print(f"declaim serves {model} at {url} as soon as {url}/ready says so; try: {curl}", flush=True)
-        _serve(lambda: factory(model, config), listener)
+        _serve(lambda progress: factory(model, config, progress), listener)
 
     return app
 
@@ -153,15 +164,10 @@ def main() -> None:
     build_cli()()
 
 
-def _exit_with(message: str, *, code: int) -> NoReturn:
-    Console(stderr=True).print(Text(" ".join(message.split()), style="red"), soft_wrap=True)
-    raise typer.Exit(code)
-
-
 def _read_text(argument: str) -> str:
     text = sys.stdin.read() if argument == "-" else argument
     if not text.strip():
-        _exit_with("there is nothing to say: give a text, or - and one on standard input", code=2)
+        exit_with("there is nothing to say: give a text, or - and one on standard input", code=2)
     return text
 
 
@@ -170,29 +176,33 @@ def _read_voice(voice: str | None, *, transcript: str | None, model: str) -> Voi
     is_file = voice is not None and (Path(voice).suffix.lower() == ".wav" or Path(voice).is_file())
     if voice is None or not is_file:
         if transcript is not None:
-            _exit_with("--transcript says what is said in a wav file: give that file as --voice", code=2)
+            exit_with("--transcript says what is said in a wav file: give that file as --voice", code=2)
         return None if voice in (None, "default", model) else voice
     if transcript is None:
-        _exit_with(f"--voice {voice} is to be imitated: give --transcript with what is said in it", code=2)
+        exit_with(f"--voice {voice} is to be imitated: give --transcript with what is said in it", code=2)
+    import numpy as np
     import soundfile
+
+    from declaim.engine.request import Voice
 
     try:
         audio, rate_hz = soundfile.read(voice, dtype="float32")
     except soundfile.LibsndfileError as error:
-        _exit_with(f"--voice {voice} cannot be read ({error}): give a wav file", code=2)
+        exit_with(f"--voice {voice} cannot be read ({error}): give a wav file", code=2)
     return Voice(transcript, audio.astype(np.float32, copy=False), rate_hz)
 
 
 def _check_writable(out: Path) -> None:
     """Before minutes of work, not after."""
     if not out.parent.is_dir():
-        _exit_with(f"the folder {out.parent} does not exist: make it, or give another -o", code=2)
+        exit_with(f"the folder {out.parent} does not exist: make it, or give another -o", code=2)
     if out.is_dir() or not os.access(out if out.exists() else out.parent, os.W_OK):
-        _exit_with(f"{out} cannot be written: give another -o", code=2)
+        exit_with(f"{out} cannot be written: give another -o", code=2)
 
 
 def _speak(engine: SpeechEngine, request: SpeechRequest, *, out: Path) -> None:
     """Stream one request into a file, and say how fast it went."""
+    import numpy as np
     import soundfile
 
     from declaim.api.encode import to_s16
@@ -229,7 +239,7 @@ def _speak(engine: SpeechEngine, request: SpeechRequest, *, out: Path) -> None:
 def _parse_workers(value: str) -> tuple[int, int]:
     fewest, colon, most = value.partition(":")
     if not fewest.isdecimal() or (colon and not most.isdecimal()):
-        _exit_with(f"--workers is {value!r}: give fewest:most, such as 1:2", code=2)
+        exit_with(f"--workers is {value!r}: give fewest:most, such as 1:2", code=2)
     return int(fewest), int(most) if colon else int(fewest)
 
 
@@ -243,7 +253,7 @@ def _bind(host: str, port: int) -> socket.socket:
     except OSError as error:
         listener.close()
         message = f"cannot listen on {host} port {port} ({error.strerror}): give another --port or --host"
-        _exit_with(message, code=1)
+        exit_with(message, code=1)
     return listener
 
 
@@ -252,11 +262,12 @@ def _url_of(listener: socket.socket) -> str:
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
-def _serve(load: Callable[[], SpeechEngine], listener: socket.socket) -> None:
+def _serve(load: Callable[[ProgressCallback], SpeechEngine], listener: socket.socket) -> None:
     """Serve until a signal comes or the model cannot be loaded."""
     import uvicorn
 
     from declaim.api.app import create_app
+    from declaim.api.serving import Serving
 
     def stop() -> None:
         server.should_exit = True
@@ -265,7 +276,7 @@ def _serve(load: Callable[[], SpeechEngine], listener: socket.socket) -> None:
         # Ray's C++ side takes SIGTERM for itself when it starts, in the thread that loads: take it back.
         signal.signal(signal.SIGTERM, server.handle_exit)
 
-    serving = Serving(load, on_failure=stop)
+    serving = Serving(lambda: load(serving.report), on_failure=stop)
     config = uvicorn.Config(
         create_app(serving),
         log_config=None,
@@ -285,7 +296,7 @@ def _serve(load: Callable[[], SpeechEngine], listener: socket.socket) -> None:
     except KeyboardInterrupt:
         return
     if serving.failure is not None:
-        _exit_with(f"the model could not be served: {serving.failure}", code=1)
+        exit_with(f"the model could not be served: {serving.failure}", code=1)
 
 
 def _exit_cleanly(number: int, frame: FrameType | None) -> NoReturn:

@@ -60,6 +60,15 @@ class ModelList(BaseModel):
     data: list[ModelCard]
 
 
+class Readiness(BaseModel):
+    """GET /ready. status: the server's state; stage: what is being done (download, read, capture, ...)."""
+
+    status: str
+    stage: str
+    percent: int
+    error: str | None = None
+
+
 def parse_speech_body(raw: bytes) -> SpeechBody:
     """Parse a body.
 

@@ -58,6 +58,7 @@ class Serving:
         self._engine: SpeechEngine | None = None
         self._stage: Stage = "starting"
         self._failure: str | None = None
+        self._work: tuple[str, int, int] | None = None  # the loading stage last reported, done, total
         # A daemon: a server told to stop must not wait for a checkpoint to be read or fetched.
         self._thread = threading.Thread(target=self._run, name="declaim-load", daemon=True)
 
@@ -69,6 +70,19 @@ class Serving:
     def failure(self) -> str | None:
         """Why the engine could not be loaded; set exactly when `stage` is "failed"."""
         return self._failure
+
+    def report(self, stage: str, done: int, total: int) -> None:
+        """A `Progress` for whoever loads: what /ready tells until the engine is ready. Any thread."""
+        if self._work is None or self._work[0] != stage:
+            logger.info("event=stage stage=%s total=%d", stage, total)
+        self._work = (stage, done, total)
+
+    def progress(self) -> tuple[str, int]:
+        """What is being done, and how many percent of it are: the work last reported, else `stage` itself."""
+        if self._stage not in ("loading", "warming_up") or self._work is None:
+            return self._stage, 100 if self._stage == "ready" else 0
+        work, done, total = self._work
+        return work, 100 * done // total if total > 0 else 0
 
     def start(self) -> None:
         """Begin to load; returns at once."""
@@ -117,6 +131,7 @@ class Serving:
                 return False
             self._engine = engine
             self._stage = "warming_up"
+            self._work = None
             return True
 
     def _advance(self, stage: Stage) -> bool:

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import torch
 
+from declaim.engine.checkpoint import INDEX_NAME, SINGLE_NAME
 from declaim.engine.codec.base import Codec, CodecRecipe
 from declaim.engine.codec.load import load_codec
 from declaim.engine.config import EngineConfig
 from declaim.engine.errors import ModelLoadError, ModelNotFound
+from declaim.engine.hub import Hub, HubRepo, HubUnreachable
 from declaim.engine.models.base import SpeechModel
+from declaim.engine.progress import Progress, ignore_progress
 from declaim.engine.safetensors_io import read_json
 from declaim.engine.spec import CodecSpec
 from declaim.engine.threads import one_thread
@@ -23,7 +25,8 @@ log = logging.getLogger(__name__)
 
 EMBEDDED_NAME = "lark"
 EMBEDDED_FOLDER = Path(__file__).parent / "assets" / "lark"
-MODEL_FILES = ("*.json", "*.safetensors")
+NAMING_FILES = ("config.json", "processor_config.json", "audio_tokenizer_config.json")
+WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pth", ".pt", ".ckpt", ".gguf")
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,9 +39,10 @@ class ModelFiles:
     codec_folder: Path
 
 
-def find_model(name: str) -> ModelFiles:
+def find_model(name: str, progress: Progress = ignore_progress, *, hub: Hub | None = None) -> ModelFiles:
     """Resolve a folder, the embedded voice's name, or a hub id (downloaded, with its codec, where there is a network).
 
+    hub: the hub and cache to use; None takes what the environment names.
     Raises: ModelNotFound, ModelLoadError.
     """
     if name == EMBEDDED_NAME:
@@ -53,17 +57,50 @@ def find_model(name: str) -> ModelFiles:
         if not folder.is_dir():
             raise ModelNotFound(f"{name} is a file: name the folder that holds config.json and model.safetensors")
     else:
-        folder = _download(name)
+        folder = _fetch(name, hub or Hub(), progress)
     shown = folder.resolve().name if Path(name).is_dir() else name
-    family = read_json(folder / "config.json").get("model_type")
-    if family == "dia":
-        return ModelFiles(shown, folder, "dia", _dia_codec_folder(folder))
+    family = read_family(folder)
     if family == "lark":
         return ModelFiles(shown, folder, "lark", folder / "codec")
+    codec = _dia_codec(folder)
+    if isinstance(codec, str):
+        codec = _fetch_codec(codec, hub or Hub(), progress)
+    return ModelFiles(shown, folder, "dia", codec)
+
+
+def read_family(folder: Path) -> Literal["dia", "lark"]:
+    """The family that a model folder's config.json names. Raises: ModelLoadError where it is not served."""
+    family = read_json(folder / "config.json").get("model_type")
+    if family == "dia" or family == "lark":
+        return family
     raise ModelLoadError(f"{folder}/config.json says model_type {family!r}: this version serves dia and lark")
 
 
-def load_model(files: ModelFiles, config: EngineConfig) -> tuple[SpeechModel, Codec, CodecRecipe]:
+def resolve_parts(repo_id: str, hub: Hub, *, everything: bool = False) -> tuple[HubRepo, ...]:
+    """Name every file that a hub model needs, with sizes, before any weight is fetched: the model's, then its codec's.
+
+    Fetches the few JSON files that name the rest. everything: all files of each repository, not what serving reads.
+    Raises: ModelNotFound, ModelLoadError.
+    """
+    listed = hub.list_files(repo_id)
+    if all(file.path != "config.json" for file in listed.files):
+        raise ModelLoadError(f"{repo_id} has no config.json: name a model as transformers saves it")
+    folder = hub.fetch_small(listed.only(NAMING_FILES))
+    family = read_family(folder)
+    wanted = _wanted(listed, hub)
+    repos = [listed if everything else wanted]
+    if family == "dia":
+        codec = _dia_codec(folder, has_codec_folder=any(file.path == "codec/config.json" for file in listed.files))
+        if isinstance(codec, str):
+            listed = hub.list_files(codec)
+            wanted = _wanted(listed, hub)
+            repos.append(listed if everything else wanted)
+    return tuple(repos)
+
+
+def load_model(
+    files: ModelFiles, config: EngineConfig, progress: Progress = ignore_progress
+) -> tuple[SpeechModel, Codec, CodecRecipe]:
     """Load the codec (without its encoder) and the model; `config` is resolved. Raises: ModelLoadError."""
     device, dtype = config.torch_device, config.torch_dtype
     half = dtype if device.type == "cuda" else torch.float32
@@ -73,11 +110,20 @@ def load_model(files: ModelFiles, config: EngineConfig) -> tuple[SpeechModel, Co
         dtype="float32" if half == torch.float32 else "float16" if half == torch.float16 else "bfloat16",
         device=str(device),
     )
+    codec_bytes, model_bytes = _weight_bytes(files.codec_folder), _weight_bytes(files.folder)
+    total = codec_bytes + model_bytes
     with one_thread():
+        progress("read", 0, total)
         codec = load_codec(recipe)
+        progress("read", codec_bytes, total)
         model = _load_family(files, codec.spec, dtype=dtype, device=device)
+        progress("read", total, total)
     log.info("event=loaded model=%s family=%s dtype=%s device=%s", files.name, files.family, dtype, device)
     return model, codec, recipe
+
+
+def _weight_bytes(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
 
 
 def _load_family(files: ModelFiles, codec: CodecSpec, *, dtype: torch.dtype, device: torch.device) -> SpeechModel:
@@ -90,13 +136,64 @@ def _load_family(files: ModelFiles, codec: CodecSpec, *, dtype: torch.dtype, dev
     return LarkModel.load(files.folder, codec=codec, dtype=dtype, device=device)
 
 
-def _dia_codec_folder(folder: Path) -> Path:
-    """`codec/` beside the model, else what its processor names: a path that exists, or a hub id."""
+def _fetch(repo_id: str, hub: Hub, progress: Progress) -> Path:
+    """A hub model's folder: what the hub has now, or what is cached where the hub is out of reach."""
+    try:
+        repos = resolve_parts(repo_id, hub)
+    except HubUnreachable as error:
+        folder = hub.cached_folder(repo_id)
+        if folder is None:
+            raise
+        log.warning("event=hub_unreachable model=%s error=%r: the cached copy is used", repo_id, str(error))
+        return folder
+    if all(hub.is_complete(repo) for repo in repos):
+        return hub.folder(repos[0])
+    for repo in repos:
+        fetched = sum(file.size for file in hub.missing(repo))
+        log.info("event=part repo=%s bytes=%d bytes_to_fetch=%d", repo.repo_id, repo.num_bytes, fetched)
+    return hub.pull(repos, progress)[0]
+
+
+def _fetch_codec(repo_id: str, hub: Hub, progress: Progress) -> Path:
+    folder = hub.cached_folder(repo_id)
+    if folder is not None and (folder / SINGLE_NAME).exists():
+        return folder
+    return hub.pull([_wanted(hub.list_files(repo_id), hub)], progress)[0]
+
+
+def _wanted(repo: HubRepo, hub: Hub) -> HubRepo:
+    """What serving reads of a repository: JSON files and weights, at its top and in codec/.
+
+    Raises: ModelLoadError where there are no safetensors weights; ModelNotFound.
+    """
+    paths = {file.path for file in repo.files}
+    wanted = {path for path in paths if path.endswith(".json") and "/" not in path}
+    wanted |= {path for path in paths if path.startswith("codec/") and path.endswith((".json", ".safetensors"))}
+    if INDEX_NAME in paths:
+        shards = read_json(hub.fetch_small(repo.only([INDEX_NAME])) / INDEX_NAME).get("weight_map")
+        weights = {str(name) for name in shards.values()} if isinstance(shards, dict) else set()
+    else:
+        weights = {SINGLE_NAME}
+    absent = weights - paths
+    if absent:
+        held = ", ".join(sorted(path for path in paths if path.endswith(WEIGHT_SUFFIXES))) or "no weights"
+        raise ModelLoadError(
+            f"{repo.repo_id} has no {min(absent)} (it holds {held}): this version reads safetensors as transformers"
+            " saves them, for example nari-labs/Dia-1.6B-0626"
+        )
+    return repo.only(wanted | weights)
+
+
+def _dia_codec(folder: Path, *, has_codec_folder: bool | None = None) -> Path | str:
+    """Where a Dia's codec is: a folder that its processor names, else `codec/` beside the model, else a hub id.
+
+    has_codec_folder: whether there will be a codec/; None looks. Raises: ModelLoadError if none is named.
+    """
     beside = folder / "codec"
     named = _named_codec(folder)
     if named is not None and Path(named).is_dir():
         return Path(named)
-    if (beside / "config.json").exists():
+    if (beside / "config.json").exists() if has_codec_folder is None else has_codec_folder:
         return beside
     if named is None:
         raise ModelLoadError(
@@ -108,7 +205,7 @@ def _dia_codec_folder(folder: Path) -> Path:
             f"{folder}/processor_config.json names a codec at {named}, which is gone: put the DAC model"
             " (config.json, model.safetensors) into codec/"
         )
-    return _download(named)
+    return named
 
 
 def _named_codec(folder: Path) -> str | None:
@@ -125,17 +222,3 @@ def _named_codec(folder: Path) -> str | None:
         if isinstance(value, str):
             return value
     return None
-
-
-def _download(repo_id: str, patterns: Sequence[str] = MODEL_FILES) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    remedy = "check the name and the network, or name a folder that holds the model"
-    try:
-        return Path(snapshot_download(repo_id, allow_patterns=list(patterns)))
-    except HFValidationError as error:
-        raise ModelNotFound(f"no folder {repo_id!r} here, and it is not a hub id: {remedy}") from error
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ModelNotFound(f"no folder {repo_id!r} here, and the hub did not give it ({reason}): {remedy}") from error

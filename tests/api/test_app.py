@@ -399,6 +399,31 @@ def test_readiness_waits_for_weights_and_a_warm_up(
     assert stage() == (503, "closed") and engine.num_closed == 1
 
 
+def test_readiness_tells_what_is_being_done_and_how_much_of_it(
+    slow_load: tuple[Serving, FakeEngine, threading.Event],
+) -> None:
+    serving, engine, loaded = slow_load
+    app = create_app(serving)
+
+    def told() -> dict[str, Any]:
+        return dict(ask(app, "GET", "/ready").json())
+
+    assert told() == {"status": "starting", "stage": "starting", "percent": 0}
+    serving.start()
+    assert eventually(lambda: told() == {"status": "loading", "stage": "loading", "percent": 0})
+    serving.report("download", 199, 1000)
+    assert told() == {"status": "loading", "stage": "download", "percent": 19}
+    serving.report("read", 0, 0)
+    assert told() == {"status": "loading", "stage": "read", "percent": 0}
+    loaded.set()
+    assert eventually(lambda: told() == {"status": "warming_up", "stage": "warming_up", "percent": 0})
+    serving.report("capture", 3, 4)
+    assert told() == {"status": "warming_up", "stage": "capture", "percent": 75}
+    assert engine.gate is not None
+    engine.gate.set()
+    assert eventually(lambda: told() == {"status": "ready", "stage": "ready", "percent": 100})
+
+
 def test_closing_while_the_model_loads_closes_what_comes_of_it(
     slow_load: tuple[Serving, FakeEngine, threading.Event],
 ) -> None:
@@ -429,7 +454,7 @@ def test_a_model_that_cannot_be_loaded_is_reported(at: str, caplog: pytest.LogCa
     assert told.wait(5)
     response = ask(create_app(serving), "GET", "/ready")
     assert response.status_code == 503
-    assert response.json() == {"status": "failed", "error": str(failure)}
+    assert response.json() == {"status": "failed", "stage": "failed", "percent": 0, "error": str(failure)}
     assert "event=load_failed" in caplog.text
     serving.close()
     assert engine.num_closed == (1 if at == "warm_up" else 0)

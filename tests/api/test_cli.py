@@ -29,6 +29,7 @@ from declaim.engine import (
     SequenceFailed,
     SpeechRequest,
 )
+from declaim.engine.progress import Progress
 from tests.api.fake_engine import FakeEngine, eventually, scripted
 
 
@@ -40,8 +41,9 @@ class Factory:
         self.failure = failure
         self.calls: list[tuple[str, EngineConfig]] = []
 
-    def __call__(self, model: str, config: EngineConfig) -> FakeEngine:
+    def __call__(self, model: str, config: EngineConfig, progress: Progress) -> FakeEngine:
         self.calls.append((model, config))
+        progress("read", 1, 2)
         if self.failure is not None:
             raise self.failure
         return self.engine
@@ -216,7 +218,7 @@ SERVER = """
 import sys
 from declaim.api.cli import build_cli
 from tests.api.fake_engine import FakeEngine
-build_cli(lambda model, config: FakeEngine())(sys.argv[1:])
+build_cli(lambda model, config, progress: FakeEngine())(sys.argv[1:])
 """
 
 

@@ -85,7 +85,7 @@ def test_a_family_that_is_not_served(folder: Path) -> None:
 def test_weights_cut_short_corrupted_missing_or_of_another_model(folder: Path) -> None:
     path = folder / "model.safetensors"
     whole = path.read_bytes()
-    for broken in (whole[: len(whole) // 2], b"\x00" * 100, whole[:4], b""):
+    for broken in (whole[: len(whole) // 2], whole[:-1], b"\x00" * 100, whole[:4], b""):
         path.write_bytes(broken)
         with pytest.raises(ModelLoadError, match=r"model\.safetensors.*download"):
             Engine.from_pretrained(folder)
@@ -126,9 +126,22 @@ def test_shards_are_read_through_their_index(folder: Path) -> None:
     weight_map = {name: file_name for file_name, part in halves.items() for name in part}
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
     Engine.from_pretrained(folder).close()
-    (folder / "b.safetensors").unlink()
+    last = folder / "b.safetensors"
+    last.write_bytes(last.read_bytes()[:-1])
+    with pytest.raises(ModelLoadError, match=r"b\.safetensors.*cut short"):
+        Engine.from_pretrained(folder)
+    last.unlink()
     with pytest.raises(ModelLoadError, match=r"b\.safetensors"):
         Engine.from_pretrained(folder)
+
+
+def test_loading_tells_how_much_is_read(folder: Path) -> None:
+    told: list[tuple[str, int, int]] = []
+    Engine.from_pretrained(folder, None, lambda *progress: told.append(progress)).close()
+    sizes = [(part / "model.safetensors").stat().st_size for part in (folder, find_model(str(folder)).codec_folder)]
+    assert {(stage, total) for stage, _, total in told} == {("read", sum(sizes))}
+    done = [done for _, done, _ in told]
+    assert done[0] == 0 and done == sorted(done) and done[-1] == sum(sizes)
 
 
 def test_no_memory_names_a_budget_that_then_starts(folder: Path) -> None:

@@ -1,0 +1,166 @@
+"""What is known of a model's files: their hashes, the record kept of them, and what checking them again finds."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from declaim.engine.progress import Progress, ignore_progress
+
+log = logging.getLogger(__name__)
+
+CHUNK_BYTES = 1 << 20
+_RECORD_FORMAT = 1
+_RECORD_FOLDER = "declaim"  # beside the hub's own snapshots/, blobs/ and refs/
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """What `Hub.pull` knows of a snapshot: each file's size and SHA-256, and the repositories it was pulled with."""
+
+    repo_id: str
+    commit: str
+    verified_at: str  # ISO 8601, UTC
+    parts: tuple[str, ...]
+    files: Mapping[str, tuple[int, str]]
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What checking a folder found. problems: one line for each bad file; unknown: what could not be checked."""
+
+    folder: Path
+    num_files: int
+    num_bytes: int
+    problems: tuple[str, ...]
+    unknown: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class FileHash:
+    """A file's SHA-256, and its git blob's SHA-1 where that was asked for."""
+
+    sha256: str
+    git_sha1: str
+
+    def matches(self, sha256: str | None, git_sha1: str | None) -> bool:
+        """Whether it is what the hub lists; a file listed without a hash has its size alone to go by."""
+        if sha256 is not None:
+            return self.sha256 == sha256
+        return git_sha1 is None or self.git_sha1 == git_sha1
+
+
+def hash_file(path: Path, progress: Progress, *, before: int, total: int, with_git: bool = False) -> FileHash:
+    """Hash a file, reporting the stage "verify" from `before` on. Raises: OSError."""
+    sha256 = hashlib.sha256()
+    git_sha1 = hashlib.sha1(b"blob %d\0" % path.stat().st_size, usedforsecurity=False)
+    done = before
+    with path.open("rb") as file:
+        while chunk := file.read(CHUNK_BYTES):
+            sha256.update(chunk)
+            if with_git:
+                git_sha1.update(chunk)
+            done += len(chunk)
+            progress("verify", done, total)
+    return FileHash(sha256.hexdigest(), git_sha1.hexdigest())
+
+
+def check_record(folder: Path, record: Record, progress: Progress = ignore_progress) -> Verdict:
+    """Hash a snapshot's files and compare with its record, which then says when that was."""
+    total = sum(size for size, _ in record.files.values())
+    problems = []
+    done = 0
+    for name, (size, sha256) in sorted(record.files.items()):
+        problem = _compare(folder / name, size, sha256, progress, before=done, total=total)
+        if problem is not None:
+            problems.append(f"{folder / name} {problem}: `declaim models pull {record.repo_id}` fetches it again")
+        done += size
+        progress("verify", done, total)
+    if not problems:
+        write_record(folder, replace(record, verified_at=now()))
+    return Verdict(folder, len(record.files), total, tuple(problems))
+
+
+def check_folder(folder: Path, progress: Progress = ignore_progress) -> Verdict:
+    """Check that a folder's JSON files parse and its safetensors files are whole, without knowing their hashes."""
+    from safetensors import SafetensorError, safe_open
+
+    paths = sorted(path for path in folder.rglob("*") if path.suffix in (".json", ".safetensors") and path.is_file())
+    sizes = [path.stat().st_size for path in paths]
+    problems = []
+    done = 0
+    for path, size in zip(paths, sizes, strict=True):
+        try:
+            if path.suffix == ".json":
+                json.loads(path.read_bytes())
+            else:
+                with safe_open(path, framework="numpy"):
+                    pass
+        except (SafetensorError, OSError, ValueError) as error:
+            problems.append(f"{path} ({size} bytes) is cut short or corrupted ({error}): copy or download it again")
+        done += size
+        progress("verify", done, sum(sizes))
+    if not any(path.suffix == ".safetensors" for path in paths):
+        problems.append(f"{folder} holds no safetensors file: name the folder of a model")
+    unknown = f"no SHA-256 is recorded for {folder}: only the files' structure was checked, not every byte"
+    return Verdict(folder, len(paths), sum(sizes), tuple(problems), unknown)
+
+
+def _record_path(snapshot: Path) -> Path:
+    return snapshot.parent.parent / _RECORD_FOLDER / f"{snapshot.name}.json"
+
+
+def read_record(snapshot: Path) -> Record | None:
+    """None where there is no record, or none that this version can read."""
+    try:
+        value: Any = json.loads(_record_path(snapshot).read_bytes())
+        if value["format"] != _RECORD_FORMAT:
+            return None
+        files = {str(name): (int(entry["size"]), str(entry["sha256"])) for name, entry in value["files"].items()}
+        parts = tuple(str(part) for part in value["parts"])
+        return Record(str(value["repo_id"]), str(value["commit"]), str(value["verified_at"]), parts, files)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+
+
+def write_record(snapshot: Path, record: Record) -> None:
+    value = {
+        "format": _RECORD_FORMAT,
+        "repo_id": record.repo_id,
+        "commit": record.commit,
+        "verified_at": record.verified_at,
+        "parts": record.parts,
+        "files": {name: {"size": size, "sha256": sha256} for name, (size, sha256) in record.files.items()},
+    }
+    path = _record_path(snapshot)
+    try:
+        path.parent.mkdir(exist_ok=True)
+        fresh = path.with_suffix(".new")
+        fresh.write_text(json.dumps(value, indent=1), encoding="utf-8")
+        fresh.replace(path)
+    except OSError as error:
+        log.warning("event=record_not_written path=%s error=%r: `declaim models verify` will know less", path, error)
+
+
+def now() -> str:
+    """The time as records keep it: ISO 8601, UTC."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def _compare(path: Path, size: int, sha256: str, progress: Progress, *, before: int, total: int) -> str | None:
+    """What is wrong with a file, None if nothing is."""
+    try:
+        actual = path.stat().st_size
+        if actual != size:
+            return f"has {actual} bytes instead of {size}"
+        if hash_file(path, progress, before=before, total=total).sha256 != sha256:
+            return f"does not have the SHA-256 recorded when it was pulled ({sha256})"
+    except OSError as error:
+        return f"cannot be read ({error.strerror})"
+    return None

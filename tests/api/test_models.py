@@ -1,0 +1,170 @@
+"""`declaim models` and `declaim quantize`: what they print, and how they fail; against a hub that runs here."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import save
+from typer.testing import CliRunner, Result
+
+from declaim.api.cli import build_cli
+from declaim.engine.hub import Hub
+from tests.api.fake_engine import eventually
+from tests.fake_hub import FakeHub, FakeRepo, serve_hub
+
+NAME, CODEC = "org/dia", "org/codec"
+WEIGHTS = save({"weight": np.arange(500_000, dtype=np.float32)})
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def server() -> Iterator[FakeHub]:
+    naming = {"audio_tokenizer": {"audio_tokenizer_name_or_path": CODEC}}
+    files = {
+        "config.json": b'{"model_type": "dia"}',
+        "processor_config.json": json.dumps(naming).encode(),
+        "model.safetensors": WEIGHTS,
+        "README.md": b"Hello.",
+    }
+    codec = {"config.json": b'{"model_type": "dac"}', "model.safetensors": save({"w": np.ones(9, np.float32)})}
+    with serve_hub({NAME: FakeRepo(files), CODEC: FakeRepo(codec)}) as server:
+        yield server
+
+
+@pytest.fixture
+def hub(server: FakeHub, tmp_path: Path) -> Hub:
+    return Hub(server.url, tmp_path / "cache")
+
+
+def invoke(hub: Hub, *arguments: str, stdin: str | None = None) -> Result:
+    return CliRunner().invoke(build_cli(open_hub=lambda: hub), ["models", *arguments], input=stdin)
+
+
+def check_failed(result: Result, code: int, *words: str) -> None:
+    assert result.exit_code == code, result.output
+    (line,) = result.stderr.strip().splitlines()
+    for word in words:
+        assert word in line
+
+
+def row(result: Result, name: str) -> str:
+    (line,) = [line for line in result.stdout.splitlines() if re.match(rf"{name}\s", line)]
+    return line
+
+
+def test_pull_names_every_part_and_says_where_it_put_them(hub: Hub) -> None:
+    result = invoke(hub, "pull", NAME)
+    assert result.exit_code == 0, result.output
+    assert re.search(rf"{NAME} +2\.0 MB +2\.0 MB +model\.safetensors", row(result, "weights"))
+    assert "processor_config.json" in row(result, "processor")
+    assert CODEC in row(result, "codec")
+    assert "README" not in result.stdout
+    last = result.stdout.splitlines()[-1]
+    assert "5 files" in last and "verified" in last and str(hub.cache) in last
+    assert re.search(r"2\.0 MB +0 bytes", row(invoke(hub, "pull", NAME), "weights"))
+    assert "README.md" in row(invoke(hub, "pull", NAME, "--all"), "other")
+
+
+def test_list_and_verify_and_rm(hub: Hub) -> None:
+    assert len(invoke(hub, "list").stdout.splitlines()) == 2  # the headings, and the embedded voice
+    invoke(hub, "pull", NAME)
+    listed = invoke(hub, "list")
+    assert re.search(r"2\.0 MB +dia +float32 +\d{4}-\d\d-\d\d +/", row(listed, NAME))
+    assert "dac (codec)" in row(listed, CODEC) and "built in" in row(listed, "lark")
+    verified = invoke(hub, "verify", NAME)
+    assert verified.exit_code == 0
+    assert [line.split(":")[0] for line in verified.stdout.splitlines()] == [NAME, CODEC]
+    assert verified.stdout.count("all verified") == 2
+    refused = invoke(hub, "rm", NAME, stdin="n\n")
+    assert refused.exit_code == 1 and "nothing was deleted" in refused.stderr and hub.cached_folder(NAME)
+    assert invoke(hub, "rm", NAME, stdin="y\n").exit_code == 0
+    assert hub.cached_repos() == []
+    invoke(hub, "pull", NAME)
+    assert invoke(hub, "rm", NAME, "--yes").exit_code == 0
+    assert hub.cached_repos() == []
+    check_failed(invoke(hub, "rm", NAME), 2, NAME, "declaim models list")
+
+
+def test_verify_names_the_bad_file_and_the_remedy(hub: Hub) -> None:
+    invoke(hub, "pull", NAME)
+    folder = hub.cached_folder(NAME)
+    assert folder is not None
+    (folder / "model.safetensors").write_bytes(WEIGHTS[:-1] + b"!")
+    for arguments in ([NAME], []):
+        result = invoke(hub, "verify", *arguments)
+        check_failed(result, 1, str(folder / "model.safetensors"), f"declaim models pull {NAME}")
+        assert "1 of them BAD" in result.stdout
+    assert invoke(hub, "pull", NAME).exit_code == 0
+    assert invoke(hub, "verify").exit_code == 0
+
+
+def test_verify_takes_a_folder_and_says_what_it_cannot_know(hub: Hub, tmp_path: Path) -> None:
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    (folder / "model.safetensors").write_bytes(WEIGHTS)
+    result = invoke(hub, "verify", str(folder))
+    assert result.exit_code == 0 and "no SHA-256 is recorded" in result.stdout
+    (folder / "model.safetensors").write_bytes(WEIGHTS[:-1])
+    check_failed(invoke(hub, "verify", str(folder)), 1, "model.safetensors", "cut short")
+    check_failed(invoke(hub, "verify", "org/gone"), 2, "org/gone", "declaim models pull")
+    assert "lark" in invoke(hub, "verify", "lark").stdout
+
+
+def test_pull_and_rm_refuse_a_folder(hub: Hub, tmp_path: Path) -> None:
+    check_failed(invoke(hub, "pull", str(tmp_path)), 2, "verify")
+    check_failed(invoke(hub, "rm", str(tmp_path), "--yes"), 2, "delete it yourself")
+    assert tmp_path.exists()
+
+
+def test_pull_fails_in_one_line(hub: Hub, server: FakeHub) -> None:
+    check_failed(invoke(hub, "pull", "org/gone"), 2, "no such repository")
+    server.repos[NAME].files.pop("model.safetensors")
+    check_failed(invoke(hub, "pull", NAME), 1, "no model.safetensors")
+    check_failed(invoke(Hub("http://127.0.0.1:9", hub.cache), "pull", NAME), 2, "the hub did not give it")
+
+
+def run_declaim(hub: Hub, *arguments: str) -> subprocess.Popen[str]:
+    code = "from declaim.api.cli import main; main()"
+    return subprocess.Popen(
+        [sys.executable, "-c", code, *arguments],
+        cwd=ROOT,
+        env={**os.environ, "HF_ENDPOINT": hub.endpoint, "HF_HUB_CACHE": str(hub.cache), "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
+def test_a_pull_that_is_stopped_goes_on_where_it_was(hub: Hub, server: FakeHub, number: signal.Signals) -> None:
+    """With the environment's HF_ENDPOINT and HF_HUB_CACHE, as a user has it."""
+    server.stall = threading.Event()
+    with run_declaim(hub, "models", "pull", NAME) as first:
+        parts = hub.cache / "models--org--dia" / "blobs"
+        half = len(WEIGHTS) // 2
+        assert eventually(lambda: any(p.stat().st_size >= half for p in parts.glob("*.incomplete")), within_s=30)
+        first.send_signal(number)
+        _, told = first.communicate(timeout=20)
+    server.stall.set()
+    server.stall = None
+    if number == signal.SIGINT:
+        assert first.returncode == 1 and "interrupted: run the same command again" in told
+        assert "Traceback" not in told
+    server.requests.clear()
+    with run_declaim(hub, "models", "pull", NAME) as second:
+        out, told = second.communicate(timeout=60)
+    assert second.returncode == 0, told
+    assert "verified" in out
+    assert (NAME.split("/")[1], server.downloads("model.safetensors")[0][1]) == ("dia", f"bytes={half}-")
+    folder = hub.cached_folder(NAME)
+    assert folder is not None and (folder / "model.safetensors").read_bytes() == WEIGHTS
