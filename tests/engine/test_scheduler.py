@@ -388,6 +388,62 @@ def test_everything_finishes_with_any_number_of_blocks_that_fits_each_alone(
         assert sequence.is_done or plan.leaves_at_step is not None
 
 
+@settings(max_examples=80, deadline=None, derandomize=True)
+@given(
+    crowd=st.lists(plans, min_size=1, max_size=8),
+    block_size=st.integers(1, 8),
+    max_batch=st.integers(1, 6),
+    max_step_positions=st.integers(2, 40),
+    spare_blocks=st.integers(0, 30),
+)
+def test_committing_a_step_late_gives_every_sequence_the_same_rows_in_the_same_order(
+    crowd: list[Plan], block_size: int, max_batch: int, max_step_positions: int, spare_blocks: int
+) -> None:
+    """As beside a GPU: the next step is planned and launched before the codes of the last one are known."""
+    sequences = [sequence_of(plan, i) for i, plan in enumerate(crowd)]
+    least = max(-(-sequence.max_positions // block_size) * sequence.num_branches for sequence in sequences)
+    scheduler = make_scheduler(
+        least + spare_blocks,
+        num_cross_blocks=-(-9 // block_size),
+        block_size=block_size,
+        max_batch=max_batch,
+        max_step_positions=max_step_positions,
+    )
+    driver = Driver.of(scheduler)
+    for sequence in sequences:
+        scheduler.add(sequence)
+    gone = set()
+    launched: Batch | None = None
+    for step in range(3000):
+        if not (scheduler.num_running or scheduler.num_waiting or launched):
+            break
+        for plan, sequence in zip(crowd, sequences, strict=True):
+            if plan.leaves_at_step == step:
+                scheduler.remove(sequence)
+                gone.add(sequence.sequence_id)
+        batch = scheduler.schedule(step * 0.1)
+        driver.check(batch)
+        for entry in batch.entries:
+            # A row in flight can be fed to the very next step alone, and only by itself.
+            assert entry.sequence.num_in_flight <= (entry.num_positions == 1)
+        assert batch.entries or launched, "nobody runs and nobody is on the way, although somebody is there"
+        scheduler.launch(batch)
+        if launched is not None:
+            known = tuple(entry for entry in launched.entries if entry.sequence.sequence_id not in gone)
+            scheduler.commit(Batch(known), {entry.sequence.sequence_id: DRAWN for entry in known if entry.draws})
+            scheduler.check_integrity()
+        launched = batch if batch.entries else None
+    assert scheduler.num_running == scheduler.num_waiting == scheduler.num_blocks_used == 0
+    for plan, sequence in zip(crowd, sequences, strict=True):
+        if sequence.sequence_id in gone:
+            continue
+        alone = sequence_of(plan, sequence.sequence_id)
+        while not alone.is_done:
+            alone.append(DRAWN)
+        assert sequence.is_done and sequence.num_in_flight == 0
+        assert sequence.rows[: sequence.num_rows].tolist() == alone.rows[: alone.num_rows].tolist()
+
+
 def assert_the_most_urgent_moves(driver: Driver, *, now: float) -> None:
     is_anybody_there = driver.scheduler.num_running + driver.scheduler.num_waiting > 0
     batch = driver.step(now)
