@@ -28,6 +28,7 @@ class EngineConfig:
     host's.
     num_blocks: fixes the number of KV blocks instead of planning it from memory.
     max_step_positions: positions computed in one step at most; a longer prompt is prefilled over several.
+    eager: on a GPU, run each step operation by operation instead of as a captured graph: slower, for debugging.
     max_lead_s: a stream further ahead of its playback than this yields to others.
     first_chunk_s, max_chunk_s: the first piece of audio, and the largest.
     vocoder_workers: fewest and most Ray workers; vocoder_cpus, vocoder_gpus: each one's share.
@@ -47,6 +48,7 @@ class EngineConfig:
     num_blocks: int | None = None
     block_size: int = 32
     max_step_positions: int = 256
+    eager: bool = False
     max_lead_s: float = 8.0
     first_chunk_s: float = 0.16
     max_chunk_s: float = 1.28

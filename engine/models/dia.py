@@ -324,6 +324,7 @@ def _spec(config: DiaConfig, codec: CodecSpec, *, defaults: SamplingDefaults) ->
                 num_layers=config.layers,
                 num_kv_heads=config.cross_shape.num_kv_heads,
                 head_dim=config.cross_shape.head_dim,
+                max_positions=config.max_text_bytes,
                 positions_per_row=EXPECTED_CROSS_PER_ROW,
             ),
         ),
@@ -343,6 +344,7 @@ def _spec(config: DiaConfig, codec: CodecSpec, *, defaults: SamplingDefaults) ->
         hidden_size=config.hidden,
         vocab_size=config.vocab_size,
         max_positions=config.max_positions,
+        has_side=False,
         supports_speed=False,
         supports_voice_prompt=True,
     )

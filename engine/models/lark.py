@@ -317,6 +317,7 @@ def _spec(config: LarkConfig, codec: CodecSpec) -> ModelSpec:
         hidden_size=config.hidden,
         vocab_size=config.codebook_size,
         max_positions=MAX_POSITIONS,
+        has_side=True,
         supports_speed=True,
         supports_voice_prompt=False,
     )
