@@ -71,8 +71,10 @@ def find_model(name: str, progress: Progress = ignore_progress, *, hub: Hub | No
 def read_family(folder: Path) -> Literal["dia", "lark"]:
     """The family that a model folder's config.json names. Raises: ModelLoadError where it is not served."""
     family = read_json(folder / "config.json").get("model_type")
-    if family == "dia" or family == "lark":
-        return family
+    if family == "dia":
+        return "dia"
+    if family == "lark":
+        return "lark"
     raise ModelLoadError(f"{folder}/config.json says model_type {family!r}: this version serves dia and lark")
 
 
