@@ -11,6 +11,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -18,7 +19,9 @@ from safetensors.numpy import save
 from typer.testing import CliRunner, Result
 
 from declaim.api.cli import build_cli
+from declaim.engine import InvalidConfig
 from declaim.engine.hub import Hub
+from declaim.engine.progress import Progress
 from tests.api.fake_engine import eventually
 from tests.fake_hub import FakeHub, FakeRepo, serve_hub
 
@@ -168,3 +171,28 @@ def test_a_pull_that_is_stopped_goes_on_where_it_was(hub: Hub, server: FakeHub, 
     assert (NAME.split("/")[1], server.downloads("model.safetensors")[0][1]) == ("dia", f"bytes={half}-")
     folder = hub.cached_folder(NAME)
     assert folder is not None and (folder / "model.safetensors").read_bytes() == WEIGHTS
+
+
+def test_quantize_hands_on_its_options_and_says_what_it_saved(
+    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The arithmetic has its own tests: here a stand-in writes half of the bytes, or refuses."""
+
+    def halve(source: Path, target: Path, *, group_size: int, progress: Progress) -> None:
+        if group_size not in (32, 64, 128):
+            raise InvalidConfig(f"group_size is {group_size}: use 32, 64 or 128")
+        target.mkdir()
+        progress("quantize", 1, 2)
+        whole = (source / "model.safetensors").read_bytes()
+        (target / "model.safetensors").write_bytes(whole[: len(whole) // 2])
+
+    module = ModuleType("declaim.engine.quantize")
+    monkeypatch.setattr(module, "quantize_folder", halve, raising=False)
+    monkeypatch.setitem(sys.modules, "declaim.engine.quantize", module)
+    out = str(tmp_path / "small")
+    cli = build_cli(open_hub=lambda: hub)
+    result = CliRunner().invoke(cli, ["quantize", "lark", "-o", out, "--group-size", "64"])
+    assert result.exit_code == 0, result.output
+    assert out in result.stdout and "before" in result.stdout and "--model" in result.stdout
+    check_failed(CliRunner().invoke(cli, ["quantize", "lark", "-o", out, "--group-size", "7"]), 2, "group_size is 7")
+    check_failed(CliRunner().invoke(cli, ["quantize", str(tmp_path / "gone"), "-o", out]), 2, "no folder")
