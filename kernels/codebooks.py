@@ -37,7 +37,7 @@ def _codebook_embedding_kernel(
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * TILE + tl.arange(0, TILE)
     total = tl.zeros([TILE], tl.float32)
-    for q in tl.static_range(NUM_CODEBOOKS):
+    for q in tl.static_range(NUM_CODEBOOKS):  # pyright: ignore[reportGeneralTypeIssues]
         code = tl.load(codes + row * codes_stride + q).to(tl.int64)
         # A code of no codebook must not read beyond the table: that would take down every stream on the GPU.
         num_read = tl.where((code >= 0) & (code < VOCAB_SIZE), SIZE, 0)

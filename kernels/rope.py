@@ -32,7 +32,7 @@ def rotary_table(
     angles = torch.arange(num_positions, dtype=torch.float32, device=device)[:, None] * inverse_frequencies
     cos, sin = angles.cos(), angles.sin()
     if interleaved:
-        return torch.stack([cos, cos, -sin, sin], dim=-1).unflatten(-1, (2, 2)).transpose(1, 2).flatten(1)
+        return torch.cat([cos.repeat_interleave(2, dim=-1), torch.stack([-sin, sin], dim=-1).flatten(1)], dim=-1)
     return torch.cat([cos, cos, -sin, sin], dim=-1)
 
 

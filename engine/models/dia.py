@@ -24,9 +24,10 @@ from declaim.engine.models.layers import (
     AttentionShape,
     AttentionWeights,
     MlpWeights,
+    attend,
     full_attention,
     mlp,
-    self_attention,
+    swiglu,
 )
 from declaim.engine.request import ResolvedSampling
 from declaim.engine.safetensors_io import read_json
@@ -50,7 +51,7 @@ from declaim.engine.text import check_text, clean_text
 from declaim.kernels.attention import paged_attention
 from declaim.kernels.codebooks import codebook_embedding
 from declaim.kernels.linear import Linear, linear, pack_linear
-from declaim.kernels.norm import rms_norm
+from declaim.kernels.norm import add_rms_norm, rms_norm
 from declaim.kernels.rope import rotary_table
 
 EXPECTED_CROSS_PER_ROW = (
@@ -250,34 +251,37 @@ class DiaModel:
     def forward(self, x: torch.Tensor, context: StepContext) -> torch.Tensor:
         config = self._config
         angles = self._angles[context.positions]
+        added: torch.Tensor | None = None
         for i, layer in enumerate(self._layers):
-            x = x + self_attention(
-                x,
+            normed, x = add_rms_norm(x, added, layer.attention.norm, eps=config.eps)
+            added = attend(
+                normed,
                 layer.attention,
                 config.shape,
-                eps=config.eps,
                 angles=angles,
                 slots=context.slots,
                 cache=context.caches[i],
                 plan=context.attention,
             )
-            x = self._add_cross(x, layer, context, i)
-            x = x + mlp(x, layer.mlp, eps=config.eps)
-        return rms_norm(x[context.last], self._norm, eps=config.eps)
+            normed, x = add_rms_norm(x, added, layer.cross_norm, eps=config.eps)
+            added = self._cross_attend(normed[: context.num_conditional], layer, context, i)
+            normed, x = add_rms_norm(x, added, layer.mlp.norm, rest=layer.unconditional, eps=config.eps)
+            added = swiglu(normed, layer.mlp)
+        normed, _ = add_rms_norm(x, added, self._norm, eps=config.eps)
+        return normed[context.last]
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         return linear(hidden, self._head).float().view(len(hidden), len(self._config.delay), self._config.vocab_size)
 
-    def _add_cross(self, x: torch.Tensor, layer: _Layer, context: StepContext, index: int) -> torch.Tensor:
-        config, num_conditional = self._config, context.num_conditional
+    def _cross_attend(self, normed: torch.Tensor, layer: _Layer, context: StepContext, index: int) -> torch.Tensor:
+        """What the conditional rows gain from the text; each of the others gains `layer.unconditional`."""
         if context.cross is None:
             raise ValueError("Dia needs a cross-attention plan")
-        normed = rms_norm(x[:num_conditional], layer.cross_norm, eps=config.eps)
-        q = linear(normed, layer.cross_q).view(num_conditional, -1, config.cross_shape.head_dim)
+        shape = self._config.cross_shape
+        q = linear(normed, layer.cross_q).view(len(normed), -1, shape.head_dim)
         k_cache, v_cache = context.cross_caches[index]
-        mixed = paged_attention(q, k_cache, v_cache, context.cross, scale=config.cross_shape.scale)
-        added = linear(mixed.flatten(1), layer.cross_out)
-        return torch.cat([x[:num_conditional] + added, x[num_conditional:] + layer.unconditional])
+        mixed = paged_attention(q, k_cache, v_cache, context.cross, scale=shape.scale)
+        return linear(mixed.flatten(1), layer.cross_out)
 
 
 def encode_text(text: str) -> list[int]:

@@ -22,9 +22,10 @@ from declaim.engine.models.layers import (
     AttentionShape,
     AttentionWeights,
     MlpWeights,
+    attend,
     full_attention,
     mlp,
-    self_attention,
+    swiglu,
 )
 from declaim.engine.phonemes import Phonemizer
 from declaim.engine.request import ResolvedSampling
@@ -44,7 +45,7 @@ from declaim.engine.spec import (
 from declaim.engine.text import check_text, clean_text, normalize_english, segment
 from declaim.kernels.codebooks import codebook_embedding
 from declaim.kernels.linear import Linear, linear, pack_linear
-from declaim.kernels.norm import rms_norm
+from declaim.kernels.norm import add_rms_norm, rms_norm
 from declaim.kernels.rope import rotary_table
 
 MAX_TEXT_CHARS = 20_000
@@ -272,19 +273,22 @@ class LarkModel:
     def forward(self, x: torch.Tensor, context: StepContext) -> torch.Tensor:
         config = self._config
         angles = self._angles[context.positions]
+        added: torch.Tensor | None = None
         for i, (attention, feed_forward) in enumerate(self._layers):
-            x = x + self_attention(
-                x,
+            normed, x = add_rms_norm(x, added, attention.norm, eps=config.eps)
+            added = attend(
+                normed,
                 attention,
                 config.shape,
-                eps=config.eps,
                 angles=angles,
                 slots=context.slots,
                 cache=context.caches[i],
                 plan=context.attention,
             )
-            x = x + mlp(x, feed_forward, eps=config.eps)
-        return rms_norm(x[context.last], self._norm, eps=config.eps)
+            normed, x = add_rms_norm(x, added, feed_forward.norm, eps=config.eps)
+            added = swiglu(normed, feed_forward)
+        normed, _ = add_rms_norm(x, added, self._norm, eps=config.eps)
+        return normed[context.last]
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         config = self._config

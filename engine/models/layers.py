@@ -1,4 +1,9 @@
-"""The transformer block that the families share: RMSNorm, rotary attention over the paged cache, SwiGLU."""
+"""The transformer block that the families share: RMSNorm, rotary attention over the paged cache, SwiGLU.
+
+A decoder keeps its residual stream as a pair: x, and `added`, what the last sublayer gave, which the next norm adds to
+x in its own launch (`add_rms_norm`). `attend` and `swiglu` go between two such norms. `self_attention`,
+`full_attention` and `mlp` are sublayers with their norm, for a stream that is one tensor.
+"""
 
 from __future__ import annotations
 
@@ -10,10 +15,9 @@ import torch.nn.functional as F
 from declaim.engine.models.base import LayerCache
 from declaim.kernels.activation import silu_and_mul
 from declaim.kernels.attention import AttentionPlan, paged_attention
-from declaim.kernels.kv_cache import write_cache
 from declaim.kernels.linear import Linear, linear
 from declaim.kernels.norm import rms_norm
-from declaim.kernels.rope import apply_rotary
+from declaim.kernels.rope import apply_rotary, rotary_and_cache
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +52,40 @@ class MlpWeights:
     down: Linear
 
 
+def attend(
+    normed: torch.Tensor,
+    weights: AttentionWeights,
+    shape: AttentionShape,
+    *,
+    angles: torch.Tensor,
+    slots: torch.Tensor,
+    cache: LayerCache,
+    plan: AttentionPlan,
+) -> torch.Tensor:
+    """Attention of N new positions over their sequences' caches, their own K and V written first.
+
+    normed: [N, C]; angles: [N, 2D]; slots: int64 [N] -> what the residual stream gains, [N, C].
+    """
+    k_cache, v_cache = cache
+    q = rotary_and_cache(
+        linear(normed, weights.qkv),
+        angles,
+        slots,
+        k_cache,
+        v_cache,
+        num_heads=shape.num_heads,
+        num_kv_heads=shape.num_kv_heads,
+        head_dim=shape.head_dim,
+    )
+    mixed = paged_attention(q, k_cache, v_cache, plan, scale=shape.scale)
+    return linear(mixed.flatten(1), weights.out)
+
+
+def swiglu(normed: torch.Tensor, weights: MlpWeights) -> torch.Tensor:
+    """[N, C] -> what the residual stream gains, [N, C]."""
+    return linear(silu_and_mul(linear(normed, weights.gate_up)), weights.down)
+
+
 def self_attention(
     x: torch.Tensor,
     weights: AttentionWeights,
@@ -59,22 +97,20 @@ def self_attention(
     cache: LayerCache,
     plan: AttentionPlan,
 ) -> torch.Tensor:
-    """Attention of N new positions over their sequences' caches, their own K and V written first.
-
-    x: [N, C]; angles: [N, 2D]; slots: int64 [N] -> what the residual stream gains, [N, C].
-    """
-    q, k, v = _project(x, weights, shape, eps=eps, angles=angles)
-    k_cache, v_cache = cache
-    write_cache(k, v, slots, k_cache, v_cache)
-    mixed = paged_attention(q, k_cache, v_cache, plan, scale=shape.scale)
-    return linear(mixed.flatten(1), weights.out)
+    """`attend` behind its norm. x: [N, C] -> what the residual stream gains, [N, C]."""
+    normed = rms_norm(x, weights.norm, eps=eps)
+    return attend(normed, weights, shape, angles=angles, slots=slots, cache=cache, plan=plan)
 
 
 def full_attention(
     x: torch.Tensor, weights: AttentionWeights, shape: AttentionShape, *, eps: float, angles: torch.Tensor
 ) -> torch.Tensor:
     """Bidirectional attention within one text. x: [L, C]; angles: [L, 2D] -> what the residual stream gains, [L, C]."""
-    q, k, v = _project(x, weights, shape, eps=eps, angles=angles)
+    qkv = linear(rms_norm(x, weights.norm, eps=eps), weights.qkv)
+    heads = qkv.view(len(x), -1, shape.head_dim)
+    first_v = shape.num_heads + shape.num_kv_heads
+    rotated = apply_rotary(heads[:, :first_v], angles)
+    q, k, v = rotated[:, : shape.num_heads], rotated[:, shape.num_heads :], heads[:, first_v:]
     group = shape.num_heads // shape.num_kv_heads
     queries = q.transpose(0, 1)[None]
     keys = k.repeat_interleave(group, 1).transpose(0, 1)[None]
@@ -84,16 +120,5 @@ def full_attention(
 
 
 def mlp(x: torch.Tensor, weights: MlpWeights, *, eps: float) -> torch.Tensor:
-    """SwiGLU. [N, C] -> what the residual stream gains, [N, C]."""
-    return linear(silu_and_mul(linear(rms_norm(x, weights.norm, eps=eps), weights.gate_up)), weights.down)
-
-
-def _project(
-    x: torch.Tensor, weights: AttentionWeights, shape: AttentionShape, *, eps: float, angles: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Normed, projected and rotated: q [N, H, D], k and v [N, kv_heads, D]. q and k are rotated as one tensor."""
-    qkv = linear(rms_norm(x, weights.norm, eps=eps), weights.qkv)
-    heads = qkv.view(len(x), -1, shape.head_dim)
-    first_v = shape.num_heads + shape.num_kv_heads
-    rotated = apply_rotary(heads[:, :first_v], angles)
-    return rotated[:, : shape.num_heads], rotated[:, shape.num_heads :], heads[:, first_v:]
+    """`swiglu` behind its norm. x: [N, C] -> what the residual stream gains, [N, C]."""
+    return swiglu(rms_norm(x, weights.norm, eps=eps), weights)
