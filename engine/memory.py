@@ -35,11 +35,9 @@ SHORT_STREAM_S = 2.0  # no more sequences run together than blocks could hold so
 # Allowances, each an upper bound to be compared with a card; none follows from a config.
 CUDA_CONTEXT_BYTES = 500 * MB  # of a budget that was named; free memory that was measured is without it
 LIBRARY_BYTES = 96 * MB  # workspaces of cuBLAS (32 MiB a stream on Hopper, two streams) and cuDNN
-GRAPH_BYTES = 8 * MB  # a captured step's nodes and their parameters, of each batch bucket
-# Kernels sum over chunks of fixed size, so that a row's bits do not depend on its neighbours; partial sums are float32.
-KV_CHUNK = 256
-SPLIT_K_MAX_ROWS = 128  # more rows than this multiply a dequantized layer
-SPLIT_K_COLUMNS = 4 * 132 * 64  # no more splits than fill the processors four times with tiles 64 wide
+GRAPH_BYTES = 4 * MB  # of each captured step: some 400 nodes and their parameters
+KV_CHUNK = 256  # kernels/attention.py sums over chunks of so many positions
+DEQUANTIZE_ROWS = 128  # more rows than this multiply a dequantized layer (kernels/int4.py)
 # Float32 copies of a request's logits while it draws: guided, filtered, noise, sorted, and ids twice their size.
 SAMPLER_COPIES = 6
 
@@ -358,10 +356,9 @@ def _workspaces(parts: ModelParts, device: Device, load: Load, choice: _Choice, 
     """Everything that is neither a weight nor the cache, as upper bounds.
 
     A step's tensors lie in the graphs' shared pool, those of a prefill beside them: live elements a position times
-    positions. Sampling: the branches' logits and SAMPLER_COPIES; side vectors, as prepared and in a sequence's seat.
-    Partial sums: one per KV_CHUNK of a row's positions and head, with its maximum and sum; for int4 the splits of the
-    widest layer, and the largest layer dequantized for prefills. Text: the longest one's activations, and its K and V
-    before they are in blocks.
+    positions. Sampling: the branches' logits and SAMPLER_COPIES; side vectors, as prepared and in the two seats that
+    graphs have for each place in the batch. Partial sums: see `_partials_bytes`. Text: the longest one's activations,
+    and its K and V before they are in blocks.
     """
     precision, window_batch = choice.precision, choice.window_batch
     element = ELEMENT_BYTES[precision]
@@ -369,16 +366,17 @@ def _workspaces(parts: ModelParts, device: Device, load: Load, choice: _Choice, 
     if device.kind == "cuda":
         if device.context_bytes:
             yield Use("CUDA context", device.context_bytes)
-        yield Use("CUDA graphs", int(len(batch_buckets(max_batch)) * GRAPH_BYTES))
+        num_graphs = len(batch_buckets(max_batch)) * parts.num_branches
+        yield Use("CUDA graphs", int(num_graphs * GRAPH_BYTES))
         yield Use("cuBLAS and cuDNN", int(LIBRARY_BYTES))
         yield Use("step activations", (rows + load.max_step_positions) * parts.row_elements * element)
     else:
         yield Use("step activations", max(rows, load.max_step_positions) * parts.row_elements * element)
     logits = max_batch * (parts.num_branches + SAMPLER_COPIES) * parts.logits_per_row * 4
-    side = 2 * max_batch * parts.max_positions * parts.side_elements * element
+    side = (3 * max_batch + 1) * parts.max_positions * parts.side_elements * element
     yield Use("logits and sampling", logits + side)
     if device.kind == "cuda":
-        yield Use("attention and matmul partials", _partials_bytes(parts, precision, rows, max_batch))
+        yield Use("attention and matmul partials", _partials_bytes(parts, load, precision, max_batch))
     text = parts.max_text * (parts.text_elements * element + parts.cache.cross_bytes_per_position(element))
     yield Use("text prefill", text)
     frames = math.ceil(load.max_chunk_s * parts.codec.frame_rate_hz)
@@ -386,18 +384,27 @@ def _workspaces(parts: ModelParts, device: Device, load: Load, choice: _Choice, 
     yield Use(f"codec windows ({window_batch} of {load.max_chunk_s:g} s)", window_batch * window)
 
 
-def _partials_bytes(parts: ModelParts, precision: Precision, rows: int, max_batch: int) -> int:
-    of_a_head = (parts.cache.head_dim + 2) * 4
-    partials = rows * parts.num_heads * blocks_for(parts.max_positions, KV_CHUNK) * of_a_head
+def _partials_bytes(parts: ModelParts, load: Load, precision: Precision, max_batch: int) -> int:
+    """What GPU kernels sum in parts, so that a row's bits do not depend on its neighbours; all float32.
+
+    Attention: for each KV_CHUNK of a row's positions and each head a partial result, its maximum and its sum. Products:
+    the parts of the layer that has most, in the graphs' pool for a batch and beside it for a prefill, of rows or of
+    text. int4: the largest layer, dequantized for prefills, and for batches as large as they are.
+    """
+    rows = max_batch * parts.num_branches
+    attention = rows * parts.num_heads * blocks_for(parts.max_positions, KV_CHUNK) * (parts.cache.head_dim + 2)
     if parts.cache.cross is not None:
-        of_a_head = (parts.cache.cross.head_dim + 2) * 4
-        partials += max_batch * parts.cross_heads * blocks_for(parts.max_text, KV_CHUNK) * of_a_head
-    if precision != "int4":
-        return partials
-    widest = max(layer.num_out for layer in parts.quantized)
-    largest = max(layer.num_in * layer.num_out for layer in parts.quantized)
-    splits = min(rows, SPLIT_K_MAX_ROWS) * max(widest, SPLIT_K_COLUMNS) * 4
-    return partials + splits + largest * ELEMENT_BYTES[precision]
+        chunks = blocks_for(parts.max_text, KV_CHUNK)
+        attention += max_batch * parts.cross_heads * chunks * (parts.cache.cross.head_dim + 2)
+    layers, text_layers = parts.matrices(is_text=False), parts.matrices(is_text=True)
+    columns = max(layer.columns_in_parts for layer in layers)
+    text_columns = max(layer.columns_in_parts for layer in text_layers)
+    products = rows * columns + max(load.max_step_positions * columns, parts.max_text * text_columns)
+    dequantized = 0
+    if precision == "int4":
+        largest = max(layer.num_in * layer.num_out for layer in (*layers, *text_layers))
+        dequantized = largest * ELEMENT_BYTES[precision] * (2 if rows > DEQUANTIZE_ROWS else 1)
+    return 4 * (attention + products) + dequantized
 
 
 def _stream_blocks(parts: ModelParts, seconds: float, block_size: int) -> tuple[int, int]:

@@ -19,7 +19,12 @@ Precision = Literal["float32", "float16", "bfloat16", "int4"]
 
 # Of everything but int4's weights: activations, caches, embeddings, heads, norms.
 ELEMENT_BYTES: Mapping[str, int] = {"float32": 4, "float16": 2, "bfloat16": 2, "int4": 2}
-INT4_GROUPS = (128, 64)  # inputs that share a scale and an offset; the first that divides a layer's inputs
+# kernels/int4.py: inputs that share a scale and an offset (the first size that divides a layer's inputs), what divides
+# its outputs, and inputs that are packed together.
+INT4_GROUPS = (128, 64, 32)
+_INT4_OUT_MULTIPLE, _INT4_BLOCK = 16, 128
+# kernels/matmul.py: products are split along their inputs until they fill the largest GPU.
+_SPLIT_TILE, _SPLIT_PROGRAMS, _MAX_SPLITS, _MIN_SPLIT_INPUTS = 64, 288, 16, 256
 
 # What Dia-1.6B-0626 says of itself, so that it can be planned for without a network.
 DIA_1_6B: Mapping[str, Any] = {
@@ -80,12 +85,27 @@ class Matrices:
     def num_weights(self) -> int:
         return self.num_in * self.num_out * self.count
 
+    @property
+    def group_size(self) -> int | None:
+        """Of int4; None where the shape does not allow it, and the layer stays in 16 bits."""
+        if self.num_out % _INT4_OUT_MULTIPLE:
+            return None
+        return next((size for size in INT4_GROUPS if self.num_in % size == 0), None)
+
+    @property
+    def columns_in_parts(self) -> int:
+        """Float32 sums that a row of this layer's product has before its parts are summed, on any GPU."""
+        count, tiles = 1, math.ceil(self.num_out / _SPLIT_TILE)
+        while 2 * count <= min(_MAX_SPLITS, self.num_in // _MIN_SPLIT_INPUTS) and tiles * count < _SPLIT_PROGRAMS:
+            count *= 2
+        return count * self.num_out
+
     def bytes_in(self, precision: Precision) -> int:
-        """int4: half a byte a weight, and a 16-bit scale and offset for each group of an output's inputs."""
-        group = next((size for size in INT4_GROUPS if self.num_in % size == 0), None)
-        if precision != "int4" or group is None:
+        """int4: half a byte a weight in whole blocks, and a 16-bit scale and offset for each group."""
+        if precision != "int4" or self.group_size is None:
             return self.num_weights * ELEMENT_BYTES[precision]
-        return self.num_weights // 2 + self.num_weights // group * 2 * ELEMENT_BYTES[precision]
+        packed = math.ceil(self.num_in / _INT4_BLOCK) * _INT4_BLOCK * self.num_out * self.count // 2
+        return packed + self.num_weights // self.group_size * 2 * ELEMENT_BYTES[precision]
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,9 +194,9 @@ class ModelParts:
         parts = (part for part in self.weights if not (is_text_offloaded and part.is_prefill_only))
         return sum(part.bytes_in(precision) for part in parts)
 
-    @property
-    def quantized(self) -> tuple[Matrices, ...]:
-        return tuple(layer for part in self.weights for layer in part.matrices)
+    def matrices(self, *, is_text: bool) -> tuple[Matrices, ...]:
+        """The linear layers of the text encoder, or of all the rest."""
+        return tuple(layer for part in self.weights if part.is_prefill_only == is_text for layer in part.matrices)
 
 
 def describe_model(config: Mapping[str, Any], codec_config: Mapping[str, Any], *, name: str) -> ModelParts:

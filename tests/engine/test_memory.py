@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import DacConfig, DacModel, DiaConfig, DiaForConditionalGeneration
 
+from declaim.engine import graphs, memory
 from declaim.engine.codec.base import Codec, CodecRecipe
 from declaim.engine.codec.load import load_codec
 from declaim.engine.config import EngineConfig
@@ -52,6 +53,8 @@ from declaim.engine.safetensors_io import read_json
 from declaim.engine.sequence import Playback, Prompt, Sequence, SequenceInput
 from declaim.engine.spec import CacheSpec, CrossSpec, ModelSpec
 from declaim.engine.voices import MAX_REFERENCE_S
+from declaim.kernels import attention, int4
+from declaim.kernels.matmul import split_of
 from tests.dia_checkpoints import SMALL, WIDE, DiaSize, make_dia
 from tests.fakes import FakeModel
 
@@ -263,13 +266,33 @@ def test_the_numbers_shipped_for_dia_are_the_models() -> None:
 
 
 @pytest.mark.parametrize(
-    ("num_in", "num_out", "bits"), [(2048, 8192, 4.25), (320, 960, 4.5), (1024, 1, 4.25), (96, 64, 16), (48, 8, 16)]
+    ("num_in", "num_out", "bits"),
+    [(2048, 8192, 4.25), (320, 960, 4 * 384 / 320 + 0.5), (1024, 8, 16), (96, 64, 4 * 128 / 96 + 1), (48, 16, 16)],
 )
 def test_int4_takes_half_a_byte_and_a_scale_and_offset_a_group(num_in: int, num_out: int, bits: float) -> None:
-    """Groups of 128 inputs, or 64; a layer that neither divides stays in 16 bits."""
+    """Groups of 128, 64 or 32 inputs, packed in blocks of 128; a shape that allows none stays in 16 bits."""
     layer = Matrices(num_in, num_out, count=3)
-    assert layer.bytes_in("int4") * 8 == 3 * num_in * num_out * bits
+    assert layer.bytes_in("int4") * 8 == pytest.approx(3 * num_in * num_out * bits)
     assert layer.bytes_in("bfloat16") == layer.bytes_in("float16") == layer.bytes_in("float32") / 2
+
+
+@pytest.mark.parametrize(("num_in", "num_out"), [(128, 16), (320, 48), (96, 64), (48, 16), (128, 8)])
+def test_a_quantized_layer_takes_the_bytes_counted_for_it(num_in: int, num_out: int) -> None:
+    layer = Matrices(num_in, num_out)
+    assert (layer.group_size is not None) == any(int4.can_quantize(num_in, num_out, size) for size in (128, 64, 32))
+    if layer.group_size is not None:
+        weight = int4.quantize_weight(torch.randn(num_out, num_in), layer.group_size)
+        assert weight.to(dtype=torch.bfloat16, device=torch.device("cpu")).num_bytes == layer.bytes_in("int4")
+
+
+def test_products_have_no_more_parts_than_are_kept_for_them() -> None:
+    parts = dia()
+    for layer in (*parts.matrices(is_text=False), *parts.matrices(is_text=True), Matrices(64, 48), Matrices(8192, 64)):
+        for capability in (75, 80, 86, 89, 90, 100):
+            split = split_of(layer.num_in, layer.num_out, capability=capability)
+            assert split.count * layer.num_out <= layer.columns_in_parts
+    assert graphs.BUCKETS == memory.BATCH_BUCKETS
+    assert attention.CHUNK == memory.KV_CHUNK and int4.DEQUANTIZE_ROWS == memory.DEQUANTIZE_ROWS
 
 
 class PeakMemory(TorchDispatchMode):
