@@ -5,13 +5,14 @@ Memory that no query may read is NaN throughout.
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 
 import pytest
 import torch
 
-from declaim.kernels.attention import _attend_gathered, paged_attention, paged_attention_reference, plan_attention
+from declaim.kernels.attention import paged_attention, paged_attention_reference, plan_attention
 from declaim.kernels.kv_cache import allocate_cache, write_cache
 
 CPU = torch.device("cpu")
@@ -58,7 +59,7 @@ def close(got: torch.Tensor, expected: torch.Tensor) -> None:
     torch.testing.assert_close(got, expected, atol=TOLERANCE * max(1.0, float(expected.abs().max())), rtol=0)
 
 
-@pytest.mark.parametrize("path", [paged_attention, _attend_gathered, paged_attention_reference])
+@pytest.mark.parametrize("path", [paged_attention, paged_attention_reference])
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize(("num_kv_heads", "group", "head_dim", "block_size"), SHAPES)
 def test_every_path_is_softmax_attention_over_a_permuted_cache(
@@ -73,8 +74,6 @@ def test_every_path_is_softmax_attention_over_a_permuted_cache(
     written = fill(tables, lens, k_cache, v_cache)
     plan = plan_attention(tables, query_lens, context_lens=lens, block_size=block_size, causal=causal, device=CPU)
     q = queries(sum(query_lens), num_kv_heads * group, head_dim)
-    if path is paged_attention_reference:
-        k_cache, v_cache = without_nan(k_cache), without_nan(v_cache)
     got = path(q, k_cache, v_cache, plan, scale=head_dim**-0.5)  # type: ignore[operator]
     begin = 0
     for (k, v), length, count in zip(written, lens, query_lens, strict=True):
@@ -86,10 +85,6 @@ def test_every_path_is_softmax_attention_over_a_permuted_cache(
             expected = attention(q[begin + i], k[:seen], v[:seen], scale=head_dim**-0.5)
             close(got[begin + i], expected)
         begin += count
-
-
-def without_nan(cache: torch.Tensor) -> torch.Tensor:
-    return cache.nan_to_num()
 
 
 def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, scale: float) -> torch.Tensor:
@@ -176,11 +171,10 @@ def test_sequences_that_share_blocks_each_read_them() -> None:
     plan = plan_attention(tables, [1, 1, 1], context_lens=[8, 7, 6], block_size=4, causal=True, device=CPU)
     q = queries(3, 4, 16)
     got = paged_attention(q, k_cache, v_cache, plan, scale=0.25)
-    close(got, paged_attention_reference(q, without_nan(k_cache), without_nan(v_cache), plan, scale=0.25))
-    close(got, _attend_gathered(q, k_cache, v_cache, plan, scale=0.25))
+    close(got, paged_attention_reference(q, k_cache, v_cache, plan, scale=0.25))
 
 
-@pytest.mark.parametrize("path", [paged_attention, _attend_gathered])
+@pytest.mark.parametrize("path", [paged_attention, paged_attention_reference])
 def test_a_step_of_sequences_with_nothing_cached_gives_exact_zeros(path: object) -> None:
     k_cache, v_cache = caches(2, 2, block_size=4, head_dim=16)
     plan = plan_attention([[], []], [1, 2], context_lens=[0, 0], block_size=4, causal=False, device=CPU)
@@ -193,6 +187,14 @@ def test_the_plans_tables_are_padded_and_its_queries_counted() -> None:
     assert plan.block_tables.tolist() == [[4, 2], [7, 0]]
     assert plan.query_start.tolist() == [0, 3, 4]
     assert plan.context_lens.tolist() == [6, 2]
+    assert (plan.max_query_len, plan.max_context_len) == (3, 6)
+
+
+def test_a_plan_without_cpu_reads_says_how_to_make_one() -> None:
+    k_cache, v_cache = caches(2, 2, block_size=4, head_dim=16)
+    plan = plan_attention([[1]], [1], context_lens=[1], block_size=4, causal=True, device=CPU)
+    with pytest.raises(ValueError, match="plan_attention"):
+        paged_attention(queries(1, 4, 16), k_cache, v_cache, dataclasses.replace(plan, cpu=None), scale=1.0)
 
 
 @pytest.mark.parametrize(("num_kv_heads", "group", "head_dim", "block_size"), SHAPES)
