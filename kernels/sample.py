@@ -217,7 +217,8 @@ def _guided_sample_kernel(
     is_guided = uncond_row >= 0
     logits += codebook * STRIDE_CODEBOOK
     cond = tl.load(logits + sequence * STRIDE_ROW + ids, mask=exists, other=0.0).to(tl.float32)
-    uncond = tl.load(logits + uncond_row * STRIDE_ROW + ids, mask=exists & is_guided, other=0.0).to(tl.float32)
+    num_uncond = tl.where(is_guided, VOCAB, 0)
+    uncond = tl.load(logits + uncond_row * STRIDE_ROW + ids, mask=ids < num_uncond, other=0.0).to(tl.float32)
 
     divisor = tl.load(temperature + sequence)
     is_random = divisor > 0
@@ -272,9 +273,7 @@ def _guided_sample_kernel(
 
 
 @triton.jit
-def _guide(
-    cond, uncond, exists, scale, top_k, CENTER: tl.constexpr, KEEP: tl.constexpr, TOP_K_FILTER: tl.constexpr
-):
+def _guide(cond, uncond, exists, scale, top_k, CENTER: tl.constexpr, KEEP: tl.constexpr, TOP_K_FILTER: tl.constexpr):
     """Source: Ho & Salimans 2022, equation 6, with the centre and the filter of the family."""
     center = cond if CENTER == "cond" else uncond
     values = tl.where(exists, (cond - uncond) * scale + center, _OUT)
