@@ -114,10 +114,12 @@ class Engine:
         make_vocoder: VocoderFactory,
         model_name: str,
         load_encoder: Callable[[], Codec] | None = None,
+        progress: Progress = ignore_progress,
     ) -> None:
         """Plan memory, allocate it, and start the thread. `config` is resolved.
 
         load_encoder: loads the codec with what encodes reference audio; None if the family clones no voices.
+        progress: hears of the graphs that are captured.
         Raises: OutOfMemory, and whatever `make_vocoder` raises.
         """
         self.spec: ModelSpec = model.spec
@@ -154,7 +156,7 @@ class Engine:
                 max_lead_s=config.max_lead_s,
             ),
         )
-        self._runner = _make_runner(model, config, self.plan)
+        self._runner = _make_runner(model, config, self.plan, progress)
         self._streams: dict[str, RequestStream] = {}
         self._owners: dict[int, RequestStream] = {}  # by sequence id
         self._next_sequence_id = 0
@@ -186,6 +188,7 @@ class Engine:
             resolved,
             make_vocoder=lambda wake: _make_vocoder(resolved, codec, recipe, wake=wake),
             model_name=files.name,
+            progress=progress,
             load_encoder=(
                 (lambda: load_codec(encoder_recipe, with_encoder=True)) if loaded.spec.supports_voice_prompt else None
             ),
@@ -662,7 +665,9 @@ def _plan(model: SpeechModel, config: EngineConfig) -> MemoryPlan:
     return plan
 
 
-def _make_runner(model: SpeechModel, config: EngineConfig, plan: MemoryPlan) -> Runner | GraphRunner:
+def _make_runner(
+    model: SpeechModel, config: EngineConfig, plan: MemoryPlan, progress: Progress
+) -> Runner | GraphRunner:
     """Allocates the caches, and captures the graphs where they are used."""
     runner = Runner(
         model, num_blocks=plan.num_blocks, num_cross_blocks=plan.num_cross_blocks, block_size=config.block_size
@@ -670,7 +675,7 @@ def _make_runner(model: SpeechModel, config: EngineConfig, plan: MemoryPlan) -> 
     if config.eager or not (model.device.type == "cuda" or backend.IS_INTERPRETED):
         return runner
     graphs = GraphRunner(model, runner, block_size=config.block_size, max_batch=config.max_batch)
-    graphs.capture()
+    graphs.capture(progress)
     return graphs
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from collections.abc import Sequence as Items
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,6 +21,7 @@ from declaim.engine import frames
 from declaim.engine.batch import Batch, Entry
 from declaim.engine.blocks import blocks_for
 from declaim.engine.models.base import SpeechModel, StepContext
+from declaim.engine.progress import Progress
 from declaim.engine.runner import LaunchedStep, Runner
 from declaim.engine.sampler import sample_ops
 from declaim.engine.sequence import Sequence
@@ -136,6 +138,13 @@ class Seats:
         if self.history.shape[1]:
             self.history[seats] = torch.cat([self.history[seats][:, 1:], codes[:, None]], dim=1)
 
+    def pretend(self, count: int, *, row: int, cross_len: int) -> None:
+        """Put guided sequences that never end into the first seats, at `row`: for timing a step without a crowd."""
+        self.numbers[:count] = 0
+        self.numbers[:count, _ROW], self.numbers[:count, _CROSS_LEN] = row, cross_len
+        self.numbers[:count, _END_ROW] = self.numbers[:count, _LAST_END_ROW] = _NEVER
+        self.numbers[:count, _IS_GUIDED] = 1
+
     def _put(self, table: torch.Tensor, seat: int, values: NDArray[np.generic]) -> None:
         table[seat] = torch.from_numpy(values.astype(np.int64)).to(table.device, non_blocking=True)
 
@@ -163,12 +172,13 @@ class GraphRunner:
 
     def __init__(self, model: SpeechModel, runner: Runner, *, block_size: int, max_batch: int) -> None:
         self._model, self._runner = model, runner
-        self._block_size, self._max_batch = block_size, max_batch
+        self.block_size, self._max_batch = block_size, max_batch
+        self.num_blocks = runner.num_blocks
         self._ops = sample_ops(model.spec.sampling)
         self._is_cuda = model.device.type == "cuda"
         # Rows in flight pin the seats of one step, and the next step may hold as many others.
         num_seats = 2 * max_batch
-        self._seats = Seats(model.spec, num_seats, device=model.device, dtype=model.dtype)
+        self.seats = Seats(model.spec, num_seats, device=model.device, dtype=model.dtype)
         self._free = list(range(num_seats))
         self._seat_of: dict[int, int] = {}  # by sequence id, least recently stepped first
         self._held: set[int] = set()  # sequences of the last step
@@ -180,7 +190,7 @@ class GraphRunner:
         self._tables = np.zeros((num_seats + 1, self._max_branches, self._max_blocks), dtype=np.int32)
         self._num_known = np.zeros((num_seats + 1, self._max_branches), dtype=np.int64)
         self._cross_tables = np.zeros((num_seats + 1, self._max_cross_blocks), dtype=np.int32)
-        self._lanes: dict[tuple[int, int], _Lanes] = {}
+        self.lanes: dict[tuple[int, int], _Lanes] = {}
         self._pool = torch.cuda.graph_pool_handle() if self._is_cuda else None
 
     def begin(self, sequence: Sequence) -> None:
@@ -195,12 +205,14 @@ class GraphRunner:
         self._leave(sequence.sequence_id)
 
     @torch.inference_mode()
-    def capture(self) -> None:
+    def capture(self, progress: Progress) -> None:
         """Make every bucket's graph, largest first so that they share its memory."""
         buckets = [bucket for bucket in BUCKETS if bucket < self._max_batch] + [self._max_batch]
         keys = [(bucket, num) for bucket in reversed(buckets) for num in range(self._max_branches, 0, -1)]
-        for bucket, num_branches in keys:
-            self._lanes[bucket, num_branches] = self._make_lanes(bucket, num_branches)
+        for i, (bucket, num_branches) in enumerate(keys):
+            progress("capture", i, len(keys))
+            self.lanes[bucket, num_branches] = self._make_lanes(bucket, num_branches)
+        progress("capture", len(keys), len(keys))
 
     @torch.inference_mode()
     def launch(self, batch: Batch) -> LaunchedStep:
@@ -251,9 +263,9 @@ class GraphRunner:
         """Run the step of sequences that are all seated. Returns the drawn codes, int32 [len(entries), Q]."""
         count = len(entries)
         num_branches = max(entry.sequence.num_branches for entry in entries)
-        bucket = min(size for size, num in self._lanes if size >= count and num == num_branches)
-        lanes = self._lanes[bucket, num_branches]
-        seats = np.full(bucket, self._seats.nobody, dtype=np.int64)
+        bucket = min(size for size, num in self.lanes if size >= count and num == num_branches)
+        lanes = self.lanes[bucket, num_branches]
+        seats = np.full(bucket, self.seats.nobody, dtype=np.int64)
         for i, entry in enumerate(entries):
             seats[i] = self._touch(entry.sequence)
         tables = self._tables[seats, :num_branches].swapaxes(0, 1).reshape(num_branches * bucket, self._max_blocks)
@@ -275,7 +287,7 @@ class GraphRunner:
             self._seat_of[sequence.sequence_id] = seat
             self._num_known[seat] = 0
             self._cross_tables[seat, : len(sequence.cross_blocks)] = sequence.cross_blocks
-            self._seats.take(seat, sequence, self._runner.side(sequence))
+            self.seats.take(seat, sequence, self._runner.side(sequence))
             seats.append(seat)
             is_guided = sequence.num_branches > 1
             uncond_rows.append(next_uncond if is_guided else -1)
@@ -306,7 +318,7 @@ class GraphRunner:
 
     def _make_lanes(self, bucket: int, num_branches: int) -> _Lanes:
         device = self._model.device
-        seats = torch.full((bucket,), self._seats.nobody, device=device)
+        seats = torch.full((bucket,), self.seats.nobody, device=device)
         tables = torch.zeros(num_branches * bucket, self._max_blocks, dtype=torch.int32, device=device)
         cross = None
         if self._max_cross_blocks:
@@ -319,7 +331,7 @@ class GraphRunner:
         if not self._is_cuda:
             return _Lanes(seats, tables, cross, drawn, step)
         # The first run compiles kernels and allocates what they keep; both are forbidden while capturing.
-        stream = torch.cuda.Stream()
+        stream: Any = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             step()
@@ -332,7 +344,7 @@ class GraphRunner:
     def _step(self, seats: torch.Tensor, tables: torch.Tensor, cross_tables: torch.Tensor | None) -> torch.Tensor:
         """Embedding, layers, logits, draw, frame rule: tensors in, tensors out, nothing the host must know."""
         count, num_branches = len(seats), len(tables) // len(seats)
-        state, model = self._seats, self._model
+        state, model = self.seats, self._model
         numbers = state.numbers[seats]
         row = numbers[:, _ROW]
         position = numbers[:, _PREFIX_LEN] + row
@@ -343,8 +355,8 @@ class GraphRunner:
         is_real = seats != state.nobody
         is_there = torch.cat([is_real, is_real & (numbers[:, _IS_GUIDED] > 0)][:num_branches])
         positions = position.repeat(num_branches)
-        blocks = tables.gather(1, (positions // self._block_size)[:, None])[:, 0].long()
-        slots = torch.where(is_there, blocks * self._block_size + positions % self._block_size, -1)
+        blocks = tables.gather(1, (positions // self.block_size)[:, None])[:, 0].long()
+        slots = torch.where(is_there, blocks * self.block_size + positions % self.block_size, -1)
         cross = None
         if cross_tables is not None:
             cross_lens = torch.where(is_real, numbers[:, _CROSS_LEN], 0)
@@ -371,13 +383,13 @@ class GraphRunner:
             context_lens=context_lens.to(torch.int32),
             causal=causal,
             max_query_len=1,
-            max_context_len=tables.shape[1] * self._block_size,
+            max_context_len=tables.shape[1] * self.block_size,
             cpu=None,
         )
 
     def _draw(self, seats: torch.Tensor, logits: torch.Tensor, uncond_rows: torch.Tensor) -> torch.Tensor:
         """Draw the next row of each sequence and move its seat on. Returns int32 [B, Q]."""
-        state, rule = self._seats, self._model.spec.rule
+        state, rule = self.seats, self._model.spec.rule
         is_real = seats != state.nobody
         drawn = guided_sample(
             logits,

@@ -40,6 +40,7 @@ class Runner:
     def __init__(self, model: SpeechModel, *, num_blocks: int, num_cross_blocks: int, block_size: int) -> None:
         self._model = model
         self._block_size = block_size
+        self.num_blocks = num_blocks
         cache, cross = model.spec.cache, model.spec.cache.cross
         self.caches = self._allocate(cache.num_layers, num_blocks, cache.num_kv_heads, head_dim=cache.head_dim)
         self.cross_caches: tuple[LayerCache, ...] = ()

@@ -1,0 +1,140 @@
+"""Every kernel launch that serving makes, found by serving: models of real size and without memory take their steps
+while launches are recorded instead of made."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence as Items
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import DiaConfig as HfDiaConfig
+
+from declaim.engine.batch import Batch, Entry
+from declaim.engine.checkpoint import Checkpoint
+from declaim.engine.graphs import GraphRunner
+from declaim.engine.loader import EMBEDDED_FOLDER
+from declaim.engine.models import dia, lark
+from declaim.engine.models.base import Prefill, SpeechModel
+from declaim.engine.phonemes import Phonemizer
+from declaim.engine.progress import ignore_progress
+from declaim.engine.request import ResolvedSampling
+from declaim.engine.runner import Runner
+from declaim.engine.sequence import Playback, Prompt, Sequence, SequenceInput
+from declaim.engine.spec import CodecSpec
+from declaim.kernels import backend
+from declaim.kernels.backend import Variant
+
+META = torch.device("meta")
+BLOCK_SIZE, MAX_BATCH, MAX_STEP_POSITIONS = 32, 128, 256
+SAMPLING = ResolvedSampling(1.0, 45, 0.95, 0.0, 1.0, 3.0, 0, 30.0)
+DAC = CodecSpec(sample_rate_hz=44100, hop=512, left=10, right=10, num_codebooks=9, codebook_size=1024)
+
+
+class WeightlessCheckpoint(Checkpoint):
+    """Hands out tensors of any shape that is asked for, without memory."""
+
+    def __init__(self, *, dtype: torch.dtype) -> None:
+        self.folder = Path("weightless")
+        self.weight_bytes = 0
+        self._dtype = dtype
+        self._device = META
+
+    def take(self, name: str, shape: Items[int]) -> torch.Tensor:
+        return torch.empty(tuple(shape), dtype=self._dtype, device=META)
+
+
+def dia_model(dtype: torch.dtype) -> SpeechModel:
+    """Dia-1.6B."""
+    config = dia.DiaConfig.read(HfDiaConfig().to_dict(), source=Path("Dia-1.6B"))
+    spec = dia._spec(config, DAC, defaults=dia._defaults({}))
+    with torch.inference_mode():
+        return dia.DiaModel(config, WeightlessCheckpoint(dtype=dtype), spec=spec)
+
+
+def lark_model(dtype: torch.dtype) -> SpeechModel:
+    """The embedded voice."""
+    config = lark.LarkConfig.read(EMBEDDED_FOLDER / "config.json")
+    codec = CodecSpec(
+        sample_rate_hz=24000,
+        hop=960,
+        left=10,
+        right=10,
+        num_codebooks=config.num_codebooks,
+        codebook_size=config.codebook_size,
+    )
+    with torch.inference_mode():
+        return lark.LarkModel(
+            config,
+            WeightlessCheckpoint(dtype=dtype),
+            spec=lark._spec(config, codec),
+            phonemizer=Phonemizer.load(EMBEDDED_FOLDER),
+        )
+
+
+MODELS = {"dia": dia_model, "lark": lark_model}
+
+
+def served_variants(name: str, dtype: torch.dtype, capability: int) -> dict[str, Variant]:
+    """What a model launches on a card of this compute capability: prompts of some lengths, and steps of any size."""
+    with backend.recording(capability) as record:
+        model = MODELS[name](dtype)
+        runner = Runner(model, num_blocks=4096, num_cross_blocks=1024, block_size=BLOCK_SIZE)
+        for num_text in (1, 40, 200):
+            for num_prompt in (0, 30, MAX_STEP_POSITIONS // 2 - 2):
+                _run_prompt(model, runner, num_text=num_text, num_prompt=num_prompt)
+        graphs = GraphRunner(model, runner, block_size=BLOCK_SIZE, max_batch=MAX_BATCH)
+        graphs.capture(ignore_progress)
+        with torch.inference_mode():
+            for lanes in graphs.lanes.values():
+                lanes.replay()
+    return record.variants
+
+
+def _told(model: lark.LarkModel, prompt: Prompt) -> Prefill:
+    text_side, config = model._text_side, model._config
+    encoded = text_side.encode(torch.zeros(len(prompt.text_ids), dtype=torch.int64, device=META), config)
+    durations_s = text_side.durations_s(encoded)
+    side = text_side.side_vectors(encoded, durations_s, num_rows=100, rate_hz=config.frame_rate_hz)
+    return Prefill(side=side, num_frames=90)
+
+
+def _run_prompt(model: SpeechModel, runner: Runner, *, num_text: int, num_prompt: int) -> None:
+    spec = model.spec
+    frames = np.zeros((num_prompt if spec.supports_voice_prompt else 0, spec.rule.num_codebooks), dtype=np.int32)
+    text = "[S1] " + "a" * num_text if spec.family == "dia" else "a" * num_text
+    prompt = model.tokenize(text, voice_text="", voice_codes=frames, sampling=SAMPLING, speed=1.0)
+    sequence = Sequence(SequenceInput(0, "r", 0, SAMPLING, prompt, 0.0), spec.rule, Playback(paced=False))
+    needed = -(-sequence.num_positions // BLOCK_SIZE)
+    sequence.block_tables = [list(range(b * needed, (b + 1) * needed)) for b in range(sequence.num_branches)]
+    sequence.cross_blocks = list(range(-(-prompt.cross_len // BLOCK_SIZE)))
+    with torch.inference_mode():
+        if isinstance(model, lark.LarkModel):
+            runner._prefills[0] = _told(model, prompt)  # how long a text lasts is read back from its tensors
+        else:
+            runner.begin(sequence)
+        count = min(sequence.num_pending, MAX_STEP_POSITIONS // sequence.num_branches)
+        runner.compute(Batch((Entry(sequence, count, draws=True),)))
+    runner.release(sequence)
+
+
+LIST = Path(__file__).parent / "variants.txt"
+CAPABILITIES = (75, 80, 86, 89, 90, 100)
+
+
+def all_served(capability: int) -> dict[str, Variant]:
+    """Every variant that serving any model launches on such a card, in the 16-bit type it would pick there."""
+    dtype = torch.float16 if capability < 80 else torch.bfloat16
+    return {key: variant for name in MODELS for key, variant in served_variants(name, dtype, capability).items()}
+
+
+def main() -> None:
+    """Write the list: `python -m tests.aot.served`."""
+    lines = [f"sm_{capability} {key}" for capability in CAPABILITIES for key in sorted(all_served(capability))]
+    LIST.write_text("\n".join(lines) + "\n")
+    print(f"{len(lines)} variants in {LIST}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()
