@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 
 Offload = Literal["auto", "none", "text"]
 
-HOST_SHARE = 0.5
+HOST_SHARE = 0.5  # beside weights that are loaded already
+UNLOADED_HOST_SHARE = 0.75  # with weights that are still to be loaded
 GPU_SHARE = 0.9
 GB = 1e9
 MB = 1e6
@@ -155,19 +156,24 @@ def available_bytes(device: torch.device) -> int:
 
         free, _ = torch.cuda.mem_get_info(device)
         return int(free * GPU_SHARE)
-    return int(os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") * HOST_SHARE)
+    return int(_free_host_bytes() * HOST_SHARE)
 
 
 def probe_device(device: torch.device, *, memory_gb: float | None) -> Device:
-    """A device of this machine, with the budget named or measured."""
+    """A device of this machine, with the budget named or measured, before any weight is loaded."""
     if device.type != "cuda":
-        return Device("cpu", available_bytes(device) if memory_gb is None else int(memory_gb * GB))
+        budget = _free_host_bytes() * UNLOADED_HOST_SHARE if memory_gb is None else memory_gb * GB
+        return Device("cpu", int(budget))
     import torch
 
     has_bfloat16 = torch.cuda.get_device_capability(device) >= (8, 0)
     if memory_gb is None:
         return Device("cuda", available_bytes(device), has_bfloat16=has_bfloat16)
     return imagined_gpu(memory_gb, has_bfloat16=has_bfloat16)
+
+
+def _free_host_bytes() -> int:
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def imagined_gpu(memory_gb: float, *, has_bfloat16: bool = True) -> Device:
@@ -340,7 +346,7 @@ def _weights(parts: ModelParts, device: Device, choice: _Choice) -> tuple[tuple[
     here: list[Use] = []
     there: list[Use] = []
     for part in parts.weights:
-        if choice.is_text_offloaded and part.is_prefill_only:
+        if choice.is_text_offloaded and part.may_offload:
             there.append(Use(part.name, part.bytes_in("float32")))  # what the CPU computes in
         else:
             here.append(Use(part.name, part.bytes_in(choice.precision)))
@@ -376,15 +382,16 @@ def _workspaces(parts: ModelParts, device: Device, load: Load, choice: _Choice, 
     side = (3 * max_batch + 1) * parts.max_positions * parts.side_elements * element
     yield Use("logits and sampling", logits + side)
     if device.kind == "cuda":
-        yield Use("attention and matmul partials", _partials_bytes(parts, load, precision, max_batch))
-    text = parts.max_text * (parts.text_elements * element + parts.cache.cross_bytes_per_position(element))
+        yield Use("attention and matmul partials", _partials_bytes(parts, load, choice, max_batch=max_batch))
+    text_elements = 0 if choice.is_text_offloaded else parts.text_elements
+    text = parts.max_text * (text_elements * element + parts.cache.cross_bytes_per_position(element))
     yield Use("text prefill", text)
     frames = math.ceil(load.max_chunk_s * parts.codec.frame_rate_hz)
     window = parts.codec.window_bytes(frames, codec_element_bytes(device, precision))
     yield Use(f"codec windows ({window_batch} of {load.max_chunk_s:g} s)", window_batch * window)
 
 
-def _partials_bytes(parts: ModelParts, load: Load, precision: Precision, max_batch: int) -> int:
+def _partials_bytes(parts: ModelParts, load: Load, choice: _Choice, *, max_batch: int) -> int:
     """What GPU kernels sum in parts, so that a row's bits do not depend on its neighbours; all float32.
 
     Attention: for each KV_CHUNK of a row's positions and each head a partial result, its maximum and its sum. Products:
@@ -396,14 +403,15 @@ def _partials_bytes(parts: ModelParts, load: Load, precision: Precision, max_bat
     if parts.cache.cross is not None:
         chunks = blocks_for(parts.max_text, KV_CHUNK)
         attention += max_batch * parts.cross_heads * chunks * (parts.cache.cross.head_dim + 2)
-    layers, text_layers = parts.matrices(is_text=False), parts.matrices(is_text=True)
+    layers = parts.matrices(read_text=False)
+    text_layers = parts.matrices(read_text=True, is_text_offloaded=choice.is_text_offloaded)
     columns = max(layer.columns_in_parts for layer in layers)
-    text_columns = max(layer.columns_in_parts for layer in text_layers)
+    text_columns = max((layer.columns_in_parts for layer in text_layers), default=0)
     products = rows * columns + max(load.max_step_positions * columns, parts.max_text * text_columns)
     dequantized = 0
-    if precision == "int4":
+    if choice.precision == "int4":
         largest = max(layer.num_in * layer.num_out for layer in (*layers, *text_layers))
-        dequantized = largest * ELEMENT_BYTES[precision] * (2 if rows > DEQUANTIZE_ROWS else 1)
+        dequantized = largest * ELEMENT_BYTES["int4"] * (2 if rows > DEQUANTIZE_ROWS else 1)
     return 4 * (attention + products) + dequantized
 
 

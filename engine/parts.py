@@ -113,15 +113,16 @@ class WeightPart:
     """One line of the plan.
 
     matrices: the linear layers that int4 quantizes. num_plain: weights in the activations' dtype whatever the
-    precision. num_float32: tables that are float32 whatever the precision. is_prefill_only: used once a request, so
-    that it may live on the CPU.
+    precision. num_float32: tables that are float32 whatever the precision. reads_text: its layers run once a request,
+    over the whole text. may_offload: it may live on the CPU.
     """
 
     name: str
     matrices: tuple[Matrices, ...] = ()
     num_plain: int = 0
     num_float32: int = 0
-    is_prefill_only: bool = False
+    reads_text: bool = False
+    may_offload: bool = False
 
     def bytes_in(self, precision: Precision) -> int:
         quantized = sum(layer.bytes_in(precision) for layer in self.matrices)
@@ -191,12 +192,17 @@ class ModelParts:
 
     def weight_bytes(self, precision: Precision, *, is_text_offloaded: bool = False) -> int:
         """Bytes of the model's weights on the device, the codec's not counted."""
-        parts = (part for part in self.weights if not (is_text_offloaded and part.is_prefill_only))
+        parts = (part for part in self.weights if not (is_text_offloaded and part.may_offload))
         return sum(part.bytes_in(precision) for part in parts)
 
-    def matrices(self, *, is_text: bool) -> tuple[Matrices, ...]:
-        """The linear layers of the text encoder, or of all the rest."""
-        return tuple(layer for part in self.weights if part.is_prefill_only == is_text for layer in part.matrices)
+    def matrices(self, *, read_text: bool, is_text_offloaded: bool = False) -> tuple[Matrices, ...]:
+        """The linear layers on the device that run over a text, or over rows."""
+        return tuple(
+            layer
+            for part in self.weights
+            if part.reads_text == read_text and not (is_text_offloaded and part.may_offload)
+            for layer in part.matrices
+        )
 
 
 def describe_model(config: Mapping[str, Any], codec_config: Mapping[str, Any], *, name: str) -> ModelParts:
@@ -225,15 +231,16 @@ def dia_parts(config: Mapping[str, Any], codec_config: Mapping[str, Any], *, nam
     hidden, delay = layers.hidden, _counts(config, "delay_pattern", least=0)
     num_codes = len(delay) * _count(decoder, "vocab_size")
     max_text, max_positions = _count(encoder, "max_position_embeddings"), _count(decoder, "max_position_embeddings")
-    cross_layers = (
-        Matrices(hidden, cross.query_size, layers.depth),
-        Matrices(text.hidden, cross.kv_size, 2 * layers.depth),
-        Matrices(cross.query_size, hidden, layers.depth),
-    )
+    cross_layers = (Matrices(hidden, cross.query_size, layers.depth), Matrices(cross.query_size, hidden, layers.depth))
     return ModelParts(
         name=name,
         weights=(
             _text_encoder(text, num_plain=_count(encoder, "vocab_size") * text.hidden, max_text=max_text),
+            WeightPart(
+                "cross-attention K and V",
+                matrices=(Matrices(text.hidden, cross.kv_size, 2 * layers.depth),),
+                reads_text=True,
+            ),
             WeightPart("decoder layers", matrices=layers.matrices + cross_layers),
             WeightPart("embeddings", num_plain=num_codes * hidden),
             WeightPart("heads", num_plain=num_codes * hidden),
@@ -427,7 +434,8 @@ def _text_encoder(stack: _Stack, *, num_plain: int, max_text: int) -> WeightPart
         matrices=stack.matrices,
         num_plain=num_plain + norms,
         num_float32=max_text * 2 * stack.heads.dim,
-        is_prefill_only=True,
+        reads_text=True,
+        may_offload=True,
     )
 
 

@@ -202,7 +202,7 @@ def test_the_config_tells_every_byte_of_weights_that_the_loaded_model_holds(
     parts = parts_of(folder)
     assert parts.weight_bytes(dtype) == held_bytes(model)
     assert parts.codec.decoder_bytes(4) == held_bytes(codec)
-    text_side = next(part for part in parts.weights if part.is_prefill_only)
+    text_side = next(part for part in parts.weights if part.may_offload)
     held = model._encoder if name == "dia" else model._text_side  # type: ignore[attr-defined]
     assert text_side.bytes_in(dtype) == held_bytes(held)
     assert parts.weight_bytes(dtype, is_text_offloaded=True) == held_bytes(model) - held_bytes(held)
@@ -287,7 +287,12 @@ def test_a_quantized_layer_takes_the_bytes_counted_for_it(num_in: int, num_out: 
 
 def test_products_have_no_more_parts_than_are_kept_for_them() -> None:
     parts = dia()
-    for layer in (*parts.matrices(is_text=False), *parts.matrices(is_text=True), Matrices(64, 48), Matrices(8192, 64)):
+    for layer in (
+        *parts.matrices(read_text=False),
+        *parts.matrices(read_text=True),
+        Matrices(64, 48),
+        Matrices(8192, 64),
+    ):
         for capability in (75, 80, 86, 89, 90, 100):
             split = split_of(layer.num_in, layer.num_out, capability=capability)
             assert split.count * layer.num_out <= layer.columns_in_parts
@@ -408,6 +413,7 @@ def test_the_text_encoder_leaves_the_card_only_where_that_makes_room() -> None:
     roomy, tight = plan(8.0), plan(5.6)
     assert not roomy.is_text_offloaded
     assert tight.is_text_offloaded and tight.num_running == 8
+    assert sum(use.num_bytes for use in tight.workspaces) < sum(use.num_bytes for use in roomy.workspaces) - 100_000_000
     assert "text encoder" in tight.reason
     assert "text encoder" in {use.name for use in tight.offloaded}
     assert plan(8.0, "text").is_text_offloaded
