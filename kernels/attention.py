@@ -642,6 +642,10 @@ def _check(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, plan: 
             f"a plan of {num_rows} context lengths needs as many block tables and one query start more, not "
             f"{len(plan.block_tables)} and {len(plan.query_start)}"
         )
+    for name in ("block_tables", "query_start", "context_lens"):
+        tensor: torch.Tensor = getattr(plan, name)
+        if tensor.dtype != torch.int32 or tensor.stride(-1) != 1:
+            raise ValueError(f"{name} must be int32, neighbours in memory, not {tensor.dtype} of {tensor.stride()}")
     if scale <= 0:
         raise ValueError(f"scale must be above 0, not {scale}")
 

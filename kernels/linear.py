@@ -1,9 +1,10 @@
-"""Dense layers, with results that do not depend on how many rows run beside a row.
+"""Linear layers, dense or int4, with results that do not depend on how many rows run beside a row.
 
-Two ways to keep that law on the CPU, chosen by a layer's size when it is packed. A large float32 weight is laid out for
-oneDNN, whose product sums every row in the same order whatever the batch and the number of threads. A small one (where
-oneDNN's call costs more than it saves) or one of another dtype is kept [in, out], and rows go through the GEMM 2 to 16
-at a time; that holds up to 4 threads. Either way a row computed alone, in a batch, in a long prefill, or again after a
+On the GPU they are kernels/matmul.py and kernels/int4.py. On the CPU torch's int4 product keeps the law as it is, and
+dense layers have two ways, chosen by a layer's size when it is packed. A large float32 weight is laid out for oneDNN,
+whose product sums every row in the same order whatever the batch and the number of threads. A small one (where oneDNN's
+call costs more than it saves) or one of another dtype is kept [in, out], and rows go through the GEMM 2 to 16 at a
+time; that holds up to 4 threads. Either way a row computed alone, in a batch, in a long prefill, or again after a
 preemption has the same bits. With the usual `F.linear` they change between 1, 2-12 and 16+ rows, and 16 or 32 rows take
 twice as long; see benchmarks/LOG.md.
 """
@@ -13,20 +14,28 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
+
+from declaim.kernels import backend
+from declaim.kernels.activation import silu_and_mul
+from declaim.kernels.int4 import CpuInt4Weight, Int4Weight, to_cpu_layout, w4a16_matmul
+from declaim.kernels.matmul import matmul
 
 TILE_ROWS = 16
 ONEDNN_MIN_WEIGHTS = 700_000
 _ONEDNN_ROWS_HINT = 16  # the batch the layout is chosen for; any batch may use it
+_GPU_OUT_MULTIPLE = 16  # rows of the weight then begin at 32 bytes, and are read 16 bytes at a time
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Linear:
-    """A dense layer ready to multiply from the right.
+    """A layer ready to multiply from the right.
 
-    weight: [in, out], contiguous, or where `is_packed` oneDNN's own layout. bias: [out] or None.
+    weight: [in, out], contiguous (on the GPU `out` is rounded up, with zeros); or where `is_packed` oneDNN's own
+    layout; or int4. bias: [out] or None.
     """
 
-    weight: torch.Tensor
+    weight: torch.Tensor | Int4Weight | CpuInt4Weight
     bias: torch.Tensor | None
     num_out: int
     is_packed: bool
@@ -35,6 +44,8 @@ class Linear:
 def pack_linear(weight: torch.Tensor, *, bias: torch.Tensor | None = None) -> Linear:
     """Make a Linear from a checkpoint's weight [out, in]; copies it once."""
     num_out = weight.shape[0]
+    if backend.use_triton(weight):
+        return Linear(F.pad(weight.t(), (0, -num_out % _GPU_OUT_MULTIPLE)).contiguous(), bias, num_out, is_packed=False)
     is_large = weight.numel() >= ONEDNN_MIN_WEIGHTS
     if is_large and weight.device.type == "cpu" and weight.dtype == torch.float32 and _has_onednn():
         packed = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), _ONEDNN_ROWS_HINT)
@@ -42,15 +53,40 @@ def pack_linear(weight: torch.Tensor, *, bias: torch.Tensor | None = None) -> Li
     return Linear(weight.t().contiguous(), bias, num_out, is_packed=False)
 
 
+def pack_int4_linear(
+    weight: Int4Weight, *, dtype: torch.dtype, device: torch.device, bias: torch.Tensor | None = None
+) -> Linear:
+    """Make a Linear from a quantized weight, for activations of `dtype` on `device`."""
+    placed = weight.to(dtype=dtype, device=device)
+    if backend.use_triton(placed.packed):
+        return Linear(placed, bias, weight.num_out, is_packed=False)
+    return Linear(to_cpu_layout(weight), bias, weight.num_out, is_packed=False)
+
+
 def linear(x: torch.Tensor, layer: Linear) -> torch.Tensor:
     """x [M, in] contiguous -> [M, out] in the dtype of x.
 
-    On the CPU row i of the result depends on row i of x alone, to the last bit.
+    Row i of the result depends on row i of x alone, to the last bit; GPUs below compute capability 8.0 excepted.
     """
+    weight = layer.weight
+    if not isinstance(weight, torch.Tensor):
+        return w4a16_matmul(x, weight, bias=layer.bias)
+    if backend.use_triton(x):
+        return matmul(x, weight, num_out=layer.num_out, bias=layer.bias)
     if layer.is_packed:
-        return _matmul_onednn(x, layer)
-    y = x @ layer.weight if x.is_cuda else _matmul_by_tiles(x, layer.weight)
+        return _matmul_onednn(x, weight, layer)
+    y = _matmul_by_tiles(x, weight)
     return y if layer.bias is None else y + layer.bias
+
+
+def gated_linear(x: torch.Tensor, layer: Linear) -> torch.Tensor:
+    """`silu_and_mul(linear(x, layer))`, in fewer launches where the GPU sums the product in parts: [M, out / 2]."""
+    weight = layer.weight
+    if not isinstance(weight, torch.Tensor):
+        return w4a16_matmul(x, weight, bias=layer.bias, is_gated=True)
+    if backend.use_triton(x):
+        return matmul(x, weight, num_out=layer.num_out, bias=layer.bias, is_gated=True)
+    return silu_and_mul(linear(x, layer))
 
 
 def _has_onednn() -> bool:
@@ -59,12 +95,12 @@ def _has_onednn() -> bool:
     return torch._C._has_mkldnn and all(hasattr(torch.ops.mkldnn, name) for name in names)
 
 
-def _matmul_onednn(x: torch.Tensor, layer: Linear) -> torch.Tensor:
+def _matmul_onednn(x: torch.Tensor, weight: torch.Tensor, layer: Linear) -> torch.Tensor:
     num_rows = x.shape[0]
     if num_rows == 0:
         return x.new_empty(0, layer.num_out)
     rows = x.repeat(2, 1) if num_rows == 1 else x
-    y: torch.Tensor = torch.ops.mkldnn._linear_pointwise(rows, layer.weight, layer.bias, "none", [], "")
+    y: torch.Tensor = torch.ops.mkldnn._linear_pointwise(rows, weight, layer.bias, "none", [], "")
     return y[:num_rows]
 
 
