@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from declaim.engine import frames
 from declaim.engine.batch import Batch, Entry
 from declaim.engine.blocks import blocks_for
+from declaim.engine.memory import batch_buckets
 from declaim.engine.models.base import SpeechModel, StepContext
 from declaim.engine.progress import Progress
 from declaim.engine.runner import LaunchedStep, Runner
@@ -29,7 +30,6 @@ from declaim.engine.spec import ModelSpec, RepetitionPenalty
 from declaim.kernels.attention import AttentionPlan
 from declaim.kernels.sample import SampleParams, guided_sample
 
-BUCKETS = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 _NEVER = 1 << 40  # a row no sequence reaches
 
 # Columns of Seats.numbers.
@@ -207,8 +207,8 @@ class GraphRunner:
     @torch.inference_mode()
     def capture(self, progress: Progress) -> None:
         """Make every bucket's graph, largest first so that they share its memory."""
-        buckets = [bucket for bucket in BUCKETS if bucket < self._max_batch] + [self._max_batch]
-        keys = [(bucket, num) for bucket in reversed(buckets) for num in range(self._max_branches, 0, -1)]
+        buckets = reversed(batch_buckets(self._max_batch))
+        keys = [(bucket, num) for bucket in buckets for num in range(self._max_branches, 0, -1)]
         for i, (bucket, num_branches) in enumerate(keys):
             progress("capture", i, len(keys))
             self.lanes[bucket, num_branches] = self._make_lanes(bucket, num_branches)
@@ -248,7 +248,7 @@ class GraphRunner:
         codes = torch.cat(parts)
         host = torch.empty(codes.shape, dtype=codes.dtype, pin_memory=self._is_cuda)
         host.copy_(codes, non_blocking=True)
-        event = torch.cuda.Event() if self._is_cuda else None
+        event: Any = torch.cuda.Event() if self._is_cuda else None  # type: ignore[no-untyped-call]
         if event is not None:
             event.record()
 

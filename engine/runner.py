@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from collections.abc import Sequence as Items
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -123,12 +123,18 @@ class Runner:
         return tuple((tensor(), tensor()) for _ in range(num_layers))
 
     def _write_cross(self, sequence: Sequence) -> None:
+        if not self.cross_caches:
+            return
+        prefill = self._prefills[sequence.sequence_id]
+        if not prefill.cross:  # preempted after its cross-attention had been written
+            prefill = self._model.prepare(sequence.prompt)
         num_positions = sequence.prompt.cross_len
         slots = self._slots(sequence.cross_blocks, 0, num_positions)
         on_device = torch.from_numpy(slots).to(self._model.device)
-        cross = self._prefills[sequence.sequence_id].cross
-        for (k, v), (k_cache, v_cache) in zip(cross, self.cross_caches, strict=True):
+        for (k, v), (k_cache, v_cache) in zip(prefill.cross, self.cross_caches, strict=True):
             write_cache(k, v, on_device, k_cache, v_cache)
+        # The cache holds them now; kept a second time, they would be as large as seconds of speech.
+        self._prefills[sequence.sequence_id] = replace(prefill, cross=())
 
     def _context(self, entries: Items[Entry], order: list[tuple[Entry, int]]) -> StepContext:
         device = self._model.device

@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import DacConfig, DacModel, DiaConfig, DiaForConditionalGeneration
 
-from declaim.engine import graphs, memory
+from declaim.engine import memory
 from declaim.engine.codec.base import Codec, CodecRecipe
 from declaim.engine.codec.load import load_codec
 from declaim.engine.config import EngineConfig
@@ -296,7 +296,6 @@ def test_products_have_no_more_parts_than_are_kept_for_them() -> None:
         for capability in (75, 80, 86, 89, 90, 100):
             split = split_of(layer.num_in, layer.num_out, capability=capability)
             assert split.count * layer.num_out <= layer.columns_in_parts
-    assert graphs.BUCKETS == memory.BATCH_BUCKETS
     assert attention.CHUNK == memory.KV_CHUNK and int4.DEQUANTIZE_ROWS == memory.DEQUANTIZE_ROWS
 
 

@@ -22,12 +22,11 @@ pytestmark = [pytest.mark.filterwarnings("ignore:`max_length` is ignored:UserWar
 
 TINY = DiaSize(layers=1, hidden=32, heads=2, kv_heads=1, head_dim=16, cross_heads=2, ffn=32, encoder_layers=1)
 TEXTS = ("[S1] Hello there. [S2] Hi!", "[S1] Short é.", "[S2] A longer line.")
-MAX_NEW_TOKENS = (24, 19, 21)
-FAKE_TEXTS = ("one", "some longer text", "a|b", "xyz" * 7, "q")
+MAX_NEW_TOKENS = (20, 18, 19)
+FAKE_TEXTS = ("one", "a longer one", "a|b", "q")
 
 
-@pytest.mark.parametrize("eager", [True, False])
-@pytest.mark.parametrize("guidance_scale", [3.0, None])
+@pytest.mark.parametrize(("eager", "guidance_scale"), [(True, 3.0), (False, 3.0), (False, None)])
 def test_greedy_codes_of_a_ragged_batch_equal_transformers(
     tmp_path: Path, *, eager: bool, guidance_scale: float | None
 ) -> None:
@@ -69,7 +68,7 @@ def fake_results(config: EngineConfig, requests: Sequence[SpeechRequest]) -> tup
         return results, engine
 
 
-@pytest.mark.parametrize("num_blocks", [None, 26])
+@pytest.mark.parametrize("num_blocks", [None, 9])
 def test_a_step_ahead_draws_the_same_as_step_by_step(num_blocks: int | None) -> None:
     requests = [
         SpeechRequest(
@@ -79,7 +78,7 @@ def test_a_step_ahead_draws_the_same_as_step_by_step(num_blocks: int | None) -> 
                 guidance_scale=1.0 if i == 2 else 2.5,
                 top_k=(0, 5, 7)[i % 3],
                 seed=i,
-                max_seconds=1.0 + 0.3 * i,
+                max_seconds=0.5 + 0.3 * i,
             ),
         )
         for i, text in enumerate(FAKE_TEXTS)
