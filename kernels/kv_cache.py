@@ -100,7 +100,7 @@ def check_cache(
 ) -> None:
     """What kernels that write keys and values of a shape [N, kv_heads, D] rely on. Raises: ValueError."""
     num_rows, num_kv_heads, head_dim = shape
-    if slots.shape != (num_rows,) or slots.dtype != torch.int64 or slots.stride(0) != 1:
+    if slots.shape != (num_rows,) or slots.dtype != torch.int64 or not slots.is_contiguous():
         raise ValueError(f"slots are {tuple(slots.shape)} {slots.dtype}: {num_rows} rows need int64 [{num_rows}]")
     if k_cache.shape != v_cache.shape or k_cache.stride() != v_cache.stride() or k_cache.stride(3) != 1:
         raise ValueError(
@@ -113,6 +113,12 @@ def check_cache(
             f"caches of {k_cache.shape[1]} heads of {k_cache.shape[3]} in {k_cache.dtype} and {v_cache.dtype} cannot"
             f" hold {num_kv_heads} heads of {head_dim} in {dtype}"
         )
+
+
+def heads_are_adjacent(x: torch.Tensor) -> bool:
+    """Whether the heads of a row of x [N, H, D] lie side by side; rows may lie apart."""
+    _, num_heads, head_dim = x.shape
+    return x.stride(2) == 1 and (num_heads == 1 or x.stride(1) == head_dim)
 
 
 def layout_of(cache: torch.Tensor) -> dict[str, int]:
@@ -132,7 +138,7 @@ def _write_cache_triton(
     num_rows, num_kv_heads, head_dim = k.shape
     check_cache(slots, k_cache, v_cache, shape=(num_rows, num_kv_heads, head_dim), dtype=k.dtype)
     for x in (k, v):
-        if x.shape != k.shape or x.stride()[1:] != (head_dim, 1) or x.dtype != k.dtype:
+        if x.shape != k.shape or not heads_are_adjacent(x) or x.dtype != k.dtype:
             raise ValueError(
                 f"k is {tuple(k.shape)} {k.dtype}; keys or values of {tuple(x.shape)} {x.dtype} with strides"
                 f" {x.stride()} do not fit: both are [N, kv_heads, D], the heads of a row side by side"

@@ -197,7 +197,7 @@ def _check(
         )
     num_rows, size = x.shape
     for vector in vectors if rest is None else (*vectors, rest):
-        if vector.shape != (size,) or vector.stride(0) != 1 or vector.dtype != x.dtype:
+        if vector.shape != (size,) or not vector.is_contiguous() or vector.dtype != x.dtype:
             raise ValueError(
                 f"a vector of {tuple(vector.shape)} {vector.dtype} does not fit rows of {size} {x.dtype}:"
                 f" weight, bias and rest are contiguous [{size}] in the dtype of x"

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from declaim.kernels import backend
-from declaim.kernels.kv_cache import check_cache, layout_of, slot_offset, write_cache
+from declaim.kernels.kv_cache import check_cache, heads_are_adjacent, layout_of, slot_offset, write_cache
 
 _TILE_HEADS = 4
 
@@ -169,7 +169,7 @@ def _rotate(
 ) -> torch.Tensor:
     """Launch the kernel over x [N, heads + 2 * kv heads, D]. cache: slots, k_cache, v_cache; None for no kv heads."""
     num_rows, num_parts, head_dim = x.shape
-    if x.stride()[1:] != (head_dim, 1):
+    if not heads_are_adjacent(x):
         raise ValueError(
             f"x has shape {tuple(x.shape)} and strides {x.stride()}: the heads of a row must lie side by side"
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from itertools import product
+from pathlib import Path
 
 import pytest
 import torch
@@ -284,6 +285,20 @@ def test_a_cache_write_reaches_its_slots_and_nothing_else(dtype: torch.dtype, is
     write_cache_reference(k, v, slots, caches[2], caches[3])
     for got, expected in ((caches[0], caches[2]), (caches[1], caches[3])):
         torch.testing.assert_close(got, expected, atol=0, rtol=0, equal_nan=True)
+
+
+def test_slots_are_counted_in_64_bits(tmp_path: Path) -> None:
+    """Block 3 begins beyond 2^31 elements; a sparse file stands for the memory between the blocks."""
+    block_stride = 2**30
+    memory = torch.from_file(str(tmp_path / "cache"), shared=True, size=3 * block_stride + 64, dtype=torch.float16)
+    k_cache = memory.as_strided((4, 1, 4, 8), (block_stride, 32, 8, 1))
+    v_cache = memory[32:].as_strided((4, 1, 4, 8), (block_stride, 32, 8, 1), 32)
+    qkv, angles = random(1, 24, dtype=torch.float16), rotary_table(1, 8, theta=1e4, device=CPU)
+    slots = torch.tensor([13])
+    rotary_and_cache(qkv, angles, slots, k_cache, v_cache, num_heads=1, num_kv_heads=1, head_dim=8)
+    assert torch.equal(k_cache[3, 0, 1], qkv[0, 8:16]) and torch.equal(v_cache[3, 0, 1], qkv[0, 16:])
+    write_cache(qkv[:, None, :8], qkv[:, None, 8:16], slots + 1, k_cache, v_cache)
+    assert torch.equal(k_cache[3, 0, 2], qkv[0, :8]) and torch.equal(v_cache[3, 0, 2], qkv[0, 8:16])
 
 
 def test_a_row_has_the_same_bits_in_any_batch() -> None:
