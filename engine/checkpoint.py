@@ -1,41 +1,150 @@
-"""A checkpoint folder's weights, taken by name and checked by shape as they are taken."""
+"""A checkpoint folder's weights, taken by name and checked by shape as they are taken; quantized on the way, or before.
+
+A folder that `engine/quantize.py` wrote holds three tensors for each int4 weight, and QUANTIZATION_NAME, which says
+which they are and what the files' SHA-256 is.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import hashlib
+import logging
+from collections.abc import Mapping, Sequence
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 import torch
 
+from declaim.engine.config import INT4_GROUP_SIZES, Int4Recipe
 from declaim.engine.errors import ModelLoadError
-from declaim.engine.safetensors_io import read_json, read_tensors, take_tensor
+from declaim.engine.safetensors_io import read_integer, read_json, read_tensors, release_pages, take_tensor
+from declaim.kernels.int4 import Int4Weight, can_quantize, concatenate_outputs, lay_out_int4, quantize_weight
+from declaim.kernels.linear import Linear, pack_linear
+
+log = logging.getLogger(__name__)
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
+QUANTIZATION_NAME = "quantization_config.json"
+PROGRESS_NAME = "quantization_progress.json"
+QUANTIZATION_FORMAT = "declaim-int4-planar128-v1"
+INT4_SUFFIXES = (".int4", ".scales", ".offsets")
 
 
 class Checkpoint:
     """The tensors of one folder: `model.safetensors`, or the shards its index names."""
 
-    def __init__(self, folder: Path, *, dtype: torch.dtype, device: torch.device) -> None:
-        """Read everything into host memory, memory-mapped. Raises: ModelLoadError."""
+    # Class-wide, so that a checkpoint without files need not set them.
+    _recipe: Int4Recipe | None = None
+    _stored_groups: Mapping[str, int] = {}
+
+    def __init__(
+        self, folder: Path, *, dtype: torch.dtype, device: torch.device, recipe: Int4Recipe | None = None
+    ) -> None:
+        """Read everything into host memory, memory-mapped.
+
+        recipe: makes the linear layers that it names int4 as they are taken. What lies in the folder as int4 stays so,
+        whatever the recipe. Raises: ModelLoadError.
+        """
         self.folder = folder
         self.weight_bytes = 0
         self._dtype = dtype
         self._device = device
+        self._recipe = recipe
+        self._stored_groups = _read_stored_groups(folder)
         self._tensors: dict[str, torch.Tensor] = {}
-        for name in _shard_names(folder):
+        for name in shard_names(folder):
             self._tensors |= read_tensors(folder / name)
 
     def take(self, name: str, shape: Sequence[int]) -> torch.Tensor:
         """Hand out a tensor in the checkpoint's target dtype and device. Raises: ModelLoadError."""
         tensor = take_tensor(self._tensors, name, shape=shape, path=self.folder)
         taken = tensor.to(device=self._device, dtype=self._dtype)
+        if taken is not tensor:
+            release_pages(tensor)
         self.weight_bytes += taken.numel() * taken.element_size()
         return taken
 
+    def take_linear(self, parts: Sequence[tuple[str, int]], num_in: int, *, bias: str | None = None) -> Linear:
+        """Hand out a layer whose outputs are those of `parts` side by side: names of weights, and outputs of each.
 
-def _shard_names(folder: Path) -> list[str]:
+        int4 where the folder or the recipe says so, for all parts or none. bias: the name of the whole layer's.
+        Raises: ModelLoadError.
+        """
+        num_out = sum(size for _, size in parts)
+        biases = None if bias is None else self.take(bias, (num_out,))
+        group_size = self._group_size([name for name, _ in parts], num_in, num_out)
+        if group_size is None:
+            weights = [self.take(name, (size, num_in)) for name, size in parts]
+            return pack_linear(weights[0] if len(weights) == 1 else torch.cat(weights), bias=biases)
+        quantized = [self.take_int4(name, (size, num_in), group_size) for name, size in parts]
+        weight = lay_out_int4(concatenate_outputs(quantized), dtype=self._dtype, device=self._device)
+        self.weight_bytes += weight.num_bytes
+        return Linear(weight, biases, num_out, is_packed=False)
+
+    def take_int4(self, name: str, shape: tuple[int, int], group_size: int) -> Int4Weight:
+        """Hand out a weight [out, in] as int4: as it is stored, or quantized on the target device. It is not counted.
+
+        Raises: ModelLoadError.
+        """
+        if name in self._stored_groups:
+            return self._take_stored(name, shape, group_size)
+        tensor = take_tensor(self._tensors, name, shape=shape, path=self.folder)
+        quantized = quantize_weight(tensor.to(self._device), group_size)
+        release_pages(tensor)
+        if not bool(torch.isfinite(quantized.scales).all() & torch.isfinite(quantized.offsets).all()):
+            raise ModelLoadError(f"{self.folder}: {name} holds values that are not finite: download the model again")
+        return quantized
+
+    def _take_stored(self, name: str, shape: tuple[int, int], group_size: int) -> Int4Weight:
+        num_out, num_in = shape
+        shapes = ((-(-num_in // 128) * 16, num_out), *[(num_in // group_size, num_out)] * 2)
+        packed, scales, offsets = (
+            take_tensor(self._tensors, name + suffix, shape=expected, path=self.folder)
+            for suffix, expected in zip(INT4_SUFFIXES, shapes, strict=True)
+        )
+        return Int4Weight(packed, scales, offsets, num_in)
+
+    def _group_size(self, names: Sequence[str], num_in: int, num_out: int) -> int | None:
+        stored = {self._stored_groups.get(name) for name in names}
+        if len(stored) > 1:
+            raise ModelLoadError(
+                f"{self.folder}: {', '.join(names)} are one layer, and not all of them int4 of one group size: quantize"
+                " the model again"
+            )
+        if stored != {None}:
+            return stored.pop()
+        return None if self._recipe is None else choose_group_size(self._recipe, names, num_in, num_out=num_out)
+
+
+def choose_group_size(recipe: Int4Recipe, names: Sequence[str], num_in: int, *, num_out: int) -> int | None:
+    """The group size of a layer made of these weights; None leaves it dense.
+
+    Raises: ModelLoadError where the recipe fixes a size that does not fit.
+    """
+    if any(fnmatchcase(name, pattern) for name in names for pattern in recipe.keep_dense):
+        return None
+    if can_quantize(num_in, num_out, recipe.group_size):
+        return recipe.group_size
+    shown = f"{names[0]} ({num_out} outputs of {num_in} inputs)"
+    if recipe.is_group_fixed:
+        raise ModelLoadError(
+            f"{shown} cannot have int4 groups of {recipe.group_size}, which must divide the inputs, as 16 must the"
+            " outputs: leave int4_group_size out, or name the layer in int4_keep_dense"
+        )
+    sizes = (size for size in INT4_GROUP_SIZES if size < recipe.group_size and can_quantize(num_in, num_out, size))
+    smaller = next(sizes, None)
+    log.info("event=int4_fallback layer=%r asked=%d group_size=%s", shown, recipe.group_size, smaller or "dense")
+    return smaller
+
+
+def hash_file(path: Path) -> str:
+    """SHA-256 of a file, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def shard_names(folder: Path) -> list[str]:
+    """The files of weights in a folder. Raises: ModelLoadError."""
     index = folder / INDEX_NAME
     if not index.exists():
         return [SINGLE_NAME]
@@ -43,3 +152,29 @@ def _shard_names(folder: Path) -> list[str]:
     if not isinstance(weight_map, dict):
         raise ModelLoadError(f"{index} has no weight_map: it is not a safetensors index; download it again")
     return sorted({str(name) for name in weight_map.values()})
+
+
+def _read_stored_groups(folder: Path) -> dict[str, int]:
+    """Group sizes of the weights that lie in a folder as int4, its files checked. Raises: ModelLoadError."""
+    if (folder / PROGRESS_NAME).exists():
+        raise ModelLoadError(
+            f"{folder} is half written: run declaim quantize again with the same arguments, it goes on from there"
+        )
+    path = folder / QUANTIZATION_NAME
+    if not path.exists():
+        return {}
+    config = read_json(path)
+    found, group_sizes, hashes = config.get("format"), config.get("group_sizes"), config.get("sha256")
+    if found != QUANTIZATION_FORMAT:
+        raise ModelLoadError(
+            f"{path} says format {found!r}, this version reads {QUANTIZATION_FORMAT!r}: quantize the original model"
+            " again with declaim quantize"
+        )
+    if not isinstance(group_sizes, dict) or not isinstance(hashes, dict):
+        raise ModelLoadError(f"{path} has no group_sizes or no sha256: quantize the model again")
+    for name, expected in hashes.items():
+        if not (folder / name).is_file():
+            raise ModelLoadError(f"{folder} has no {name}, which {path.name} lists: quantize or copy it again")
+        if hash_file(folder / name) != expected:
+            raise ModelLoadError(f"{folder / name} is not what was written (its SHA-256 differs): copy it again")
+    return {name: read_integer(group_sizes, name, path) for name in group_sizes}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -14,14 +15,44 @@ VocoderName = Literal["inline", "ray"]
 
 MAX_EXACT_THREADS = 4  # kernels/linear.py keeps its law up to here, measured; see benchmarks/LOG.md
 
+INT4_GROUP_SIZES = (128, 64, 32)
+
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+# By family: what int4 leaves in the activations' dtype, as patterns of checkpoint names. Embeddings are read and not
+# multiplied; heads, and the few layers that say how long a phoneme lasts, cost more than they save.
+_KEPT_DENSE: Mapping[str, tuple[str, ...]] = {
+    "dia": ("*.embedding.*", "*.embeddings.*", "logits_dense.*"),
+    "lark": ("*_embedding.*", "head.*", "duration.*", "side_proj.*"),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Int4Recipe:
+    """How layers become int4.
+
+    keep_dense: patterns, as of fnmatch, of the checkpoint names that do not. group_size: inputs that share a scale;
+    unless is_group_fixed, a layer whose inputs it does not divide takes a smaller one, or stays dense.
+    """
+
+    keep_dense: tuple[str, ...]
+    group_size: int = INT4_GROUP_SIZES[0]
+    is_group_fixed: bool = False
+
+    @classmethod
+    def of_family(cls, family: str) -> Int4Recipe:
+        """What the family's table says."""
+        return cls(_KEPT_DENSE[family])
 
 
 @dataclass(frozen=True, slots=True)
 class EngineConfig:
     """How an engine runs.
 
-    device: "auto", "cpu", "cuda" or "cuda:N". dtype: "auto" is float32 on the CPU, bfloat16 or float16 on a GPU.
+    device: "auto", "cpu", "cuda" or "cuda:N". dtype: "auto" is float32 on the CPU, bfloat16 or float16 on a GPU; "int4"
+    is 4-bit weights, and activations and cache as "auto" has them.
+    int4_group_size: inputs that share a scale; None takes 128, or less where that does not divide a layer's inputs.
+    int4_keep_dense: patterns of the checkpoint names that int4 leaves as they are; None takes the family's own.
     vocoder: "inline" decodes in this process, "ray" in a pool of workers that survives their death.
     max_batch: sequences in one step. max_waiting: sequences that may wait beyond those; more are refused.
     memory_gb: for the model's weights and its KV cache together; None takes 90 % of a GPU's free memory, or half of the
@@ -41,6 +72,8 @@ class EngineConfig:
 
     device: str = "auto"
     dtype: DTypeName = "auto"
+    int4_group_size: int | None = None
+    int4_keep_dense: tuple[str, ...] | None = None
     vocoder: VocoderName = "inline"
     max_batch: int = 32
     max_waiting: int = 256
@@ -59,8 +92,10 @@ class EngineConfig:
     num_threads: int | None = None
 
     def __post_init__(self) -> None:
-        if self.dtype not in ("auto", *_DTYPES):
-            raise InvalidConfig(f"dtype is {self.dtype!r}: use auto, {', '.join(_DTYPES)}")
+        if self.dtype not in ("auto", *_DTYPES, "int4"):
+            raise InvalidConfig(f"dtype is {self.dtype!r}: use auto, {', '.join(_DTYPES)} or int4")
+        if self.int4_group_size not in (None, *INT4_GROUP_SIZES):
+            raise InvalidConfig(f"int4_group_size is {self.int4_group_size}: use 128, 64 or 32, or leave it out")
         if self.vocoder not in ("inline", "ray"):
             raise InvalidConfig(f"vocoder is {self.vocoder!r}: use inline or ray")
         for name in ("max_batch", "block_size", "max_step_positions"):
@@ -98,8 +133,7 @@ class EngineConfig:
             raise InvalidConfig(f"device is {device!r}, and torch {torch.__version__} sees no GPU here: use cpu")
         dtype = self.dtype
         if dtype == "auto":
-            has_bfloat16 = kind == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
-            dtype = "float32" if kind == "cpu" else "bfloat16" if has_bfloat16 else "float16"
+            dtype = _default_dtype(torch.device(device))
         return replace(self, device=device, dtype=dtype, num_threads=self.num_threads or self._default_threads())
 
     def _default_threads(self) -> int:
@@ -113,5 +147,23 @@ class EngineConfig:
 
     @property
     def torch_dtype(self) -> torch.dtype:
-        """The resolved dtype."""
-        return _DTYPES[self.dtype]
+        """The resolved dtype of activations, cache and whatever is not int4."""
+        return _DTYPES[_default_dtype(self.torch_device) if self.dtype == "int4" else self.dtype]
+
+    def int4_recipe(self, family: str) -> Int4Recipe | None:
+        """How to quantize a model of this family while it is loaded; None leaves it as it is."""
+        if self.dtype != "int4":
+            return None
+        recipe = Int4Recipe.of_family(family)
+        if self.int4_keep_dense is not None:
+            recipe = replace(recipe, keep_dense=self.int4_keep_dense)
+        if self.int4_group_size is not None:
+            recipe = replace(recipe, group_size=self.int4_group_size, is_group_fixed=True)
+        return recipe
+
+
+def _default_dtype(device: torch.device) -> DTypeName:
+    """What a device computes well."""
+    if device.type == "cpu":
+        return "float32"
+    return "bfloat16" if torch.cuda.get_device_capability(device) >= (8, 0) else "float16"

@@ -6,7 +6,10 @@ names the file and the remedy. Never knows what the tensors mean, never download
 
 from __future__ import annotations
 
+import ctypes
 import json
+import mmap
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -98,6 +101,19 @@ def take_tensor(tensors: dict[str, torch.Tensor], name: str, *, shape: Sequence[
             f"weights and config.json are of different models; {_FETCH_AGAIN}"
         )
     return tensor
+
+
+def release_pages(tensor: torch.Tensor) -> None:
+    """Give a mapped tensor's memory back to the system: call it once the tensor was copied and is not read again.
+
+    Without this, a file that is converted stays in memory beside what it was converted to until all of it is.
+    """
+    if sys.platform != "linux":
+        return
+    first = -(-tensor.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
+    last = (tensor.data_ptr() + tensor.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
+    if last > first:
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(first), ctypes.c_size_t(last - first), mmap.MADV_DONTNEED)
 
 
 def refuse_leftovers(tensors: Mapping[str, torch.Tensor], path: Path) -> None:

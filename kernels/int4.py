@@ -12,6 +12,7 @@ the same order.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -178,6 +179,20 @@ def unpack_int4(packed: torch.Tensor, num_in: int) -> torch.Tensor:
     words = packed.view(-1, _WORDS, packed.shape[1])
     nibbles = [(words >> (4 * nibble) & 15).to(torch.uint8) for nibble in range(8)]
     return torch.stack(nibbles, 1).view(-1, packed.shape[1])[:num_in]
+
+
+def concatenate_outputs(weights: Sequence[Int4Weight]) -> Int4Weight:
+    """One weight whose outputs are those of all, side by side; they have the same inputs and group size."""
+    packed, scales, offsets = (
+        torch.cat([getattr(weight, name) for weight in weights], 1) for name in ("packed", "scales", "offsets")
+    )
+    return Int4Weight(packed, scales, offsets, weights[0].num_in)
+
+
+def lay_out_int4(weight: Int4Weight, *, dtype: torch.dtype, device: torch.device) -> Int4Weight | CpuInt4Weight:
+    """Place a weight for `w4a16_matmul` with activations of `dtype` on `device`."""
+    placed = weight.to(dtype=dtype, device=device)
+    return placed if backend.use_triton(placed.packed) else to_cpu_layout(weight)
 
 
 def to_cpu_layout(weight: Int4Weight) -> CpuInt4Weight:

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 
 from declaim.kernels import backend
 from declaim.kernels.activation import silu_and_mul
-from declaim.kernels.int4 import CpuInt4Weight, Int4Weight, to_cpu_layout, w4a16_matmul
+from declaim.kernels.int4 import CpuInt4Weight, Int4Weight, w4a16_matmul
 from declaim.kernels.matmul import matmul
 
 TILE_ROWS = 16
@@ -51,16 +51,6 @@ def pack_linear(weight: torch.Tensor, *, bias: torch.Tensor | None = None) -> Li
         packed = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), _ONEDNN_ROWS_HINT)
         return Linear(packed, bias, num_out, is_packed=True)
     return Linear(weight.t().contiguous(), bias, num_out, is_packed=False)
-
-
-def pack_int4_linear(
-    weight: Int4Weight, *, dtype: torch.dtype, device: torch.device, bias: torch.Tensor | None = None
-) -> Linear:
-    """Make a Linear from a quantized weight, for activations of `dtype` on `device`."""
-    placed = weight.to(dtype=dtype, device=device)
-    if backend.use_triton(placed.packed):
-        return Linear(placed, bias, weight.num_out, is_packed=False)
-    return Linear(to_cpu_layout(weight), bias, weight.num_out, is_packed=False)
 
 
 def linear(x: torch.Tensor, layer: Linear) -> torch.Tensor:

@@ -18,6 +18,7 @@ import torch
 from numpy.typing import NDArray
 
 from declaim.engine.checkpoint import Checkpoint
+from declaim.engine.config import Int4Recipe
 from declaim.engine.errors import InvalidRequest, ModelLoadError, TooLong
 from declaim.engine.models.base import Prefill, StepContext
 from declaim.engine.models.layers import (
@@ -50,7 +51,7 @@ from declaim.engine.spec import (
 from declaim.engine.text import check_text, clean_text
 from declaim.kernels.attention import paged_attention
 from declaim.kernels.codebooks import codebook_embedding
-from declaim.kernels.linear import Linear, linear, pack_linear
+from declaim.kernels.linear import Linear, linear
 from declaim.kernels.norm import add_rms_norm, rms_norm
 from declaim.kernels.rope import rotary_table
 
@@ -164,22 +165,29 @@ class DiaModel:
         num_codes = len(config.delay) * config.vocab_size
         self._embedding = weights.take("model.decoder.embeddings.embed.weight", (num_codes, config.hidden))
         self._norm = weights.take("model.decoder.norm.weight", (config.hidden,))
-        self._head = pack_linear(weights.take("logits_dense.weight", (num_codes, config.hidden)))
+        self._head = weights.take_linear([("logits_dense.weight", num_codes)], config.hidden)
         self._angles = rotary_table(
             config.max_positions, config.shape.head_dim, theta=config.theta, device=self._embedding.device
         )
         self.weight_bytes = weights.weight_bytes
 
     @classmethod
-    def load(cls, folder: Path, *, codec: CodecSpec, dtype: torch.dtype, device: torch.device) -> DiaModel:
-        """Load a folder as transformers 5 saves it. Raises: ModelLoadError."""
+    def load(
+        cls,
+        folder: Path,
+        *,
+        codec: CodecSpec,
+        dtype: torch.dtype,
+        device: torch.device,
+        recipe: Int4Recipe | None = None,
+    ) -> DiaModel:
+        """Load a folder as transformers 5 saves it, quantized by `recipe` on the way. Raises: ModelLoadError."""
         config = DiaConfig.read(read_json(folder / "config.json"), source=folder / "config.json")
         generation = folder / "generation_config.json"
         defaults = _defaults(read_json(generation) if generation.exists() else {})
         with torch.inference_mode():
-            return cls(
-                config, Checkpoint(folder, dtype=dtype, device=device), spec=_spec(config, codec, defaults=defaults)
-            )
+            weights = Checkpoint(folder, dtype=dtype, device=device, recipe=recipe)
+            return cls(config, weights, spec=_spec(config, codec, defaults=defaults))
 
     @property
     def device(self) -> torch.device:
@@ -385,7 +393,7 @@ def _load_layer(config: DiaConfig, weights: Checkpoint, index: int, *, no_text: 
     q_size, kv_size = cross.num_heads * cross.head_dim, cross.num_kv_heads * cross.head_dim
 
     def cross_linear(part: str, num_out: int, num_in: int) -> Linear:
-        return pack_linear(weights.take(f"{name}.cross_attention.{part}.weight", (num_out, num_in)))
+        return weights.take_linear([(f"{name}.cross_attention.{part}.weight", num_out)], num_in)
 
     cross_v = cross_linear("v_proj", kv_size, config.encoder_hidden)
     cross_out = cross_linear("o_proj", config.hidden, q_size)
@@ -408,19 +416,19 @@ def _load_attention(
 ) -> AttentionWeights:
     q_size, kv_size = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
     qkv = [
-        weights.take(f"{name}.self_attention.{part}.weight", (size, hidden))
+        (f"{name}.self_attention.{part}.weight", size)
         for part, size in (("q_proj", q_size), ("k_proj", kv_size), ("v_proj", kv_size))
     ]
     return AttentionWeights(
         norm=weights.take(f"{name}.{norm}.weight", (hidden,)),
-        qkv=pack_linear(torch.cat(qkv)),
-        out=pack_linear(weights.take(f"{name}.self_attention.o_proj.weight", (hidden, q_size))),
+        qkv=weights.take_linear(qkv, hidden),
+        out=weights.take_linear([(f"{name}.self_attention.o_proj.weight", hidden)], q_size),
     )
 
 
 def _load_mlp(weights: Checkpoint, name: str, hidden: int, ffn: int, *, norm: str) -> MlpWeights:
     return MlpWeights(
         norm=weights.take(f"{name}.{norm}.weight", (hidden,)),
-        gate_up=pack_linear(weights.take(f"{name}.mlp.gate_up_proj.weight", (2 * ffn, hidden))),
-        down=pack_linear(weights.take(f"{name}.mlp.down_proj.weight", (hidden, ffn))),
+        gate_up=weights.take_linear([(f"{name}.mlp.gate_up_proj.weight", 2 * ffn)], hidden),
+        down=weights.take_linear([(f"{name}.mlp.down_proj.weight", hidden)], ffn),
     )

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 
 from declaim.engine.checkpoint import Checkpoint
+from declaim.engine.config import Int4Recipe
 from declaim.engine.errors import InvalidRequest, ModelLoadError, TooLong
 from declaim.engine.models.base import Prefill, StepContext
 from declaim.engine.models.layers import (
@@ -44,7 +45,7 @@ from declaim.engine.spec import (
 )
 from declaim.engine.text import check_text, clean_text, normalize_english, segment
 from declaim.kernels.codebooks import codebook_embedding
-from declaim.kernels.linear import Linear, linear, pack_linear
+from declaim.kernels.linear import Linear, linear
 from declaim.kernels.norm import add_rms_norm, rms_norm
 from declaim.kernels.rope import rotary_table
 
@@ -187,22 +188,31 @@ class LarkModel:
             "code_embedding.weight", (config.num_codebooks * config.vocab_size, config.hidden)
         )
         self._norm = weights.take("norm.weight", (config.hidden,))
-        self._head = pack_linear(
-            weights.take("head.weight", (config.num_codebooks * config.codebook_size, config.hidden))
-        )
+        self._head = weights.take_linear([("head.weight", config.num_codebooks * config.codebook_size)], config.hidden)
         self._angles = rotary_table(
             MAX_POSITIONS, config.shape.head_dim, theta=config.theta, device=self._embedding.device
         )
         self.weight_bytes = weights.weight_bytes
 
     @classmethod
-    def load(cls, folder: Path, *, codec: CodecSpec, dtype: torch.dtype, device: torch.device) -> LarkModel:
-        """Load a folder as engine/assets/lark/README.md describes it. Raises: ModelLoadError."""
+    def load(
+        cls,
+        folder: Path,
+        *,
+        codec: CodecSpec,
+        dtype: torch.dtype,
+        device: torch.device,
+        recipe: Int4Recipe | None = None,
+    ) -> LarkModel:
+        """Load a folder as engine/assets/lark/README.md describes it, quantized by `recipe` on the way.
+
+        Raises: ModelLoadError.
+        """
         config = LarkConfig.read(folder / "config.json")
         with torch.inference_mode():
             return cls(
                 config,
-                Checkpoint(folder, dtype=dtype, device=device),
+                Checkpoint(folder, dtype=dtype, device=device, recipe=recipe),
                 spec=_spec(config, codec),
                 phonemizer=Phonemizer.load(folder),
             )
@@ -331,9 +341,7 @@ def _load_text_side(config: LarkConfig, weights: Checkpoint) -> _TextSide:
     hidden = config.encoder_hidden
 
     def dense(name: str, num_out: int, num_in: int) -> Linear:
-        return pack_linear(
-            weights.take(f"{name}.weight", (num_out, num_in)), bias=weights.take(f"{name}.bias", (num_out,))
-        )
+        return weights.take_linear([(f"{name}.weight", num_out)], num_in, bias=f"{name}.bias")
 
     embedding = weights.take("text_embedding.weight", (config.text_vocab_size, hidden))
     return _TextSide(
@@ -357,12 +365,12 @@ def _load_block(
 ) -> tuple[AttentionWeights, MlpWeights]:
     attention = AttentionWeights(
         norm=weights.take(f"{name}.input_norm.weight", (hidden,)),
-        qkv=pack_linear(weights.take(f"{name}.qkv_proj.weight", (shape.qkv_size, hidden))),
-        out=pack_linear(weights.take(f"{name}.o_proj.weight", (hidden, shape.num_heads * shape.head_dim))),
+        qkv=weights.take_linear([(f"{name}.qkv_proj.weight", shape.qkv_size)], hidden),
+        out=weights.take_linear([(f"{name}.o_proj.weight", hidden)], shape.num_heads * shape.head_dim),
     )
     feed_forward = MlpWeights(
         norm=weights.take(f"{name}.post_norm.weight", (hidden,)),
-        gate_up=pack_linear(weights.take(f"{name}.gate_up_proj.weight", (2 * ffn, hidden))),
-        down=pack_linear(weights.take(f"{name}.down_proj.weight", (hidden, ffn))),
+        gate_up=weights.take_linear([(f"{name}.gate_up_proj.weight", 2 * ffn)], hidden),
+        down=weights.take_linear([(f"{name}.down_proj.weight", hidden)], ffn),
     )
     return attention, feed_forward

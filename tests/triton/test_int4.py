@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from declaim.kernels.int4 import (
     DEQUANTIZE_ROWS,
     Int4Weight,
+    lay_out_int4,
     pack_int4,
     quantize_weight,
     w4a16_dequantize,
@@ -20,7 +21,7 @@ from declaim.kernels.int4 import (
     w4a16_matmul,
     w4a16_matmul_reference,
 )
-from declaim.kernels.linear import gated_linear, linear, pack_int4_linear
+from declaim.kernels.linear import Linear, gated_linear, linear
 
 CPU = torch.device("cpu")
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -142,9 +143,10 @@ def test_beyond_the_dequantized_rows_the_same_products_are_summed() -> None:
 
 def test_a_quantized_layer_is_what_linear_dispatches_on() -> None:
     weight = quantize_weight(random(64, 256) / 16, 64)
-    layer = pack_int4_linear(weight, dtype=torch.float16, device=CPU, bias=random(64, dtype=torch.float16))
+    placed = lay_out_int4(weight, dtype=torch.float16, device=CPU)
+    assert isinstance(placed, Int4Weight)
+    layer = Linear(placed, random(64, dtype=torch.float16), 64, is_packed=False)
     x = random(4, 256, seed=2, dtype=torch.float16)
-    placed = weight.to(dtype=torch.float16, device=CPU)
     assert_near(linear(x, layer), w4a16_matmul_reference(x, placed, bias=layer.bias))
     assert_near(gated_linear(x, layer), w4a16_matmul_reference(x, placed, bias=layer.bias, is_gated=True))
 
