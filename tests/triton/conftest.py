@@ -1,6 +1,6 @@
 """These tests need Triton's interpreter, which is chosen when a kernel is defined: so in a process of their own.
 
-    TRITON_INTERPRET=1 pytest tests/triton
+TRITON_INTERPRET=1 pytest tests/triton
 """
 
 from __future__ import annotations
