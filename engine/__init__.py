@@ -22,12 +22,13 @@ from declaim.engine.errors import (
     VocoderLost,
     VoiceNotFound,
 )
-from declaim.engine.request import AudioChunk, SamplingParams, SpeechRequest, SpeechResult, Voice
+from declaim.engine.request import AudioChunk, EncodedVoice, SamplingParams, SpeechRequest, SpeechResult, Voice, Word
 
 __all__ = [
     "AudioChunk",
     "Cancelled",
     "DeclaimError",
+    "EncodedVoice",
     "Engine",
     "EngineClosed",
     "EngineConfig",
@@ -48,4 +49,5 @@ __all__ = [
     "Voice",
     "VocoderLost",
     "VoiceNotFound",
+    "Word",
 ]

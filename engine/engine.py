@@ -48,7 +48,15 @@ from declaim.engine.loader import EMBEDDED_NAME, find_model, load_model
 from declaim.engine.memory import GB, MemoryPlan, available_bytes, plan_memory
 from declaim.engine.models.base import SpeechModel
 from declaim.engine.progress import Progress, ignore_progress
-from declaim.engine.request import AudioChunk, FinishReason, ResolvedSampling, SpeechRequest, SpeechResult, Voice
+from declaim.engine.request import (
+    AudioChunk,
+    EncodedVoice,
+    FinishReason,
+    ResolvedSampling,
+    SpeechRequest,
+    SpeechResult,
+    Voice,
+)
 from declaim.engine.runner import LaunchedStep, Runner
 from declaim.engine.scheduler import Scheduler, SchedulerLimits
 from declaim.engine.sequence import Playback, Prompt, Sequence, SequenceInput
@@ -81,14 +89,6 @@ class EngineStats:
     steps: int
     frames: int
     preemptions: int
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class EncodedVoice:
-    """A voice prompt ready to use. codes: int32 [P, Q]."""
-
-    transcript: str
-    codes: NDArray[np.int32]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -269,7 +269,7 @@ class Engine:
 
         Raises: InvalidRequest.
         """
-        self._voices[name] = self._encode_voice(voice)
+        self._voices[name] = self.encode_voice(voice)
 
     def warm_up(self) -> None:
         """Send one real request through engine and vocoder. Raises: EngineError if it does not come back as audio."""
@@ -390,15 +390,21 @@ class Engine:
         voice = request.voice
         if voice is None or voice in ("default", self.model_name):
             return EncodedVoice("", self._no_codes())
+        if isinstance(voice, EncodedVoice):
+            self._check_voice(voice)
+            return voice
         if isinstance(voice, Voice):
-            return self._encode_voice(voice)
+            return self.encode_voice(voice)
         if voice not in self._voices:
             known = ", ".join(["default", *sorted(self._voices)])
             raise VoiceNotFound(f"no voice {voice!r} here: the voices are {known}", param="voice")
         return self._voices[voice]
 
-    def _encode_voice(self, voice: Voice) -> EncodedVoice:
-        """Encode reference audio, once for the same audio; callers of different voices wait for each other."""
+    def encode_voice(self, voice: Voice) -> EncodedVoice:
+        """Encode reference audio, once for the same audio; callers of different voices wait for each other.
+
+        Raises: InvalidRequest for audio that cannot be used, and where the model imitates no voices.
+        """
         from declaim.engine.voices import encode_voice
 
         if self._load_encoder is None:
@@ -416,6 +422,19 @@ class Engine:
                     self._encoded.popitem(last=False)
             self._encoded.move_to_end(key)
             return self._encoded[key]
+
+    def _check_voice(self, voice: EncodedVoice) -> None:
+        if self._load_encoder is None:
+            raise InvalidRequest("this model has one voice and cannot imitate another: leave voice out", param="voice")
+        num_codebooks, size = self.spec.codec.num_codebooks, self.spec.codec.codebook_size
+        codes = voice.codes
+        is_well_formed = codes.ndim == 2 and codes.shape[1] == num_codebooks
+        if not is_well_formed or (codes.size and not 0 <= codes.min() <= codes.max() < size):
+            raise InvalidRequest(
+                f"the voice's codes have shape {list(codes.shape)}: this model takes [frames, {num_codebooks}] of codes"
+                f" below {size}; encode the voice again with this model",
+                param="voice",
+            )
 
     def _no_codes(self) -> NDArray[np.int32]:
         return np.zeros((0, self.spec.rule.num_codebooks), dtype=np.int32)

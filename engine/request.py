@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -12,7 +13,15 @@ from numpy.typing import NDArray
 from declaim.engine.errors import DeclaimError, InvalidRequest
 from declaim.engine.spec import SamplingDefaults
 
-FinishReason = Literal["stop", "length", "cancelled", "error"]
+FinishReason = Literal["stop", "length", "runaway", "missing", "cancelled", "error"]
+"""stop: all was said. length: cut at the longest audio allowed. runaway, missing: far more or less audio than the text
+can take, and a second seed did no better."""
+
+Tier = Literal["priority", "default", "flex"]
+"""Who goes first: priority before default, flex where nobody else needs the place."""
+
+ControlValue = float | str | tuple[float, ...]
+"""A family's own dial, such as an emotion's weights or a speaking rate."""
 
 MAX_SEED = 2**63 - 1
 
@@ -115,27 +124,66 @@ class Voice:
     sample_rate_hz: int
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class EncodedVoice:
+    """A voice as `Engine.encode_voice` made it: plain data that can be stored and sent with any later request.
+
+    codes: int32 [P, Q], the frames of the reference audio; P is 0 where the family keeps an embedding alone.
+    embedding: float32 [E], what a speaker encoder made of it; None where the family has none.
+    """
+
+    transcript: str
+    codes: NDArray[np.int32]
+    embedding: NDArray[np.float32] | None = None
+
+
 @dataclass(frozen=True, slots=True)
 class SpeechRequest:
     """One text to speak.
 
-    voice: a Voice, the name of a saved voice, or None for the model's own.
+    voice: a Voice, an EncodedVoice, the name of a saved voice, or None for the model's own.
     speed: 1.0 is the model's pace; only families that can pace themselves take another.
     request_id: names the request in logs and for `Engine.cancel`; None draws one.
+    language: an ISO 639-1 code for the normaliser and for families that speak several; None guesses.
+    normalize: whether numbers, dates, units and the like are written out before the model sees them.
+    lexicon: written form to what is said instead, matched as whole words, case-insensitively.
+    controls: the family's own dials by name (`ModelSpec.controls`).
+    word_timestamps: whether chunks tell when each word is spoken.
+    tenant, weight, tier: who asks; under load tenants of a tier share the engine in proportion to their weights.
 
     Raises: InvalidRequest.
     """
 
     text: str
-    voice: Voice | str | None = None
+    voice: Voice | EncodedVoice | str | None = None
     sampling: SamplingParams = field(default_factory=SamplingParams)
     speed: float = 1.0
     request_id: str | None = None
+    language: str | None = None
+    normalize: bool = True
+    lexicon: Mapping[str, str] = field(default_factory=dict)
+    controls: Mapping[str, ControlValue] = field(default_factory=dict)
+    word_timestamps: bool = False
+    tenant: str = ""
+    weight: float = 1.0
+    tier: Tier = "default"
 
     def __post_init__(self) -> None:
         if not isinstance(self.text, str):
             raise InvalidRequest(f"text is a {type(self.text).__name__}: it must be a string", param="text")
         _check_number("speed", self.speed, 0.25, 4.0, "1 is the model's own pace")
+        _check_number("weight", self.weight, 0.01, 1000.0, "1 is one tenant's share")
+        if self.tier not in ("priority", "default", "flex"):
+            raise InvalidRequest(f"tier is {self.tier!r}: use priority, default or flex", param="service_tier")
+
+
+@dataclass(frozen=True, slots=True)
+class Word:
+    """A word of the caller's own text, and when it is heard: seconds from the start of the request's audio."""
+
+    text: str
+    start_s: float
+    end_s: float
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -143,7 +191,7 @@ class AudioChunk:
     """Consecutive frames of one request, decoded. Chunks of a request arrive in order, none missing, none twice.
 
     audio: float32 [num_samples] at `sample_rate_hz`. first_frame: index of its first frame in the whole request.
-    finish_reason is set on the last chunk only.
+    finish_reason is set on the last chunk only. words: those that begin in this chunk, if the request asked for them.
     """
 
     request_id: str
@@ -153,6 +201,7 @@ class AudioChunk:
     sample_rate_hz: int
     is_last: bool
     finish_reason: FinishReason | None = None
+    words: tuple[Word, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, eq=False)

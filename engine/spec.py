@@ -188,3 +188,4 @@ class ModelSpec:
     has_side: bool  # a vector of the text side is added to each row's embedding
     supports_speed: bool
     supports_voice_prompt: bool
+    voices: tuple[str, ...] = ()  # the model's own, by name; the first is the default
