@@ -16,6 +16,7 @@ PUBLIC = [
     "AudioChunk",
     "Cancelled",
     "DeclaimError",
+    "EncodedVoice",
     "Engine",
     "EngineClosed",
     "EngineConfig",
@@ -36,6 +37,7 @@ PUBLIC = [
     "VocoderLost",
     "Voice",
     "VoiceNotFound",
+    "Word",
 ]
 ERRORS = {name: cls for name, cls in vars(errors).items() if inspect.isclass(cls) and issubclass(cls, Exception)}
 
