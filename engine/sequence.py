@@ -6,6 +6,7 @@ All mutable state of a segment lives here. Quantities that follow from others ar
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -53,7 +54,10 @@ class Prompt:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class SequenceInput:
-    """What a sequence is made from, and never changes. segment: its place in the request."""
+    """What a sequence is made from, and never changes. segment: its place in the request.
+
+    tenant, weight, tier: who asks, and how the scheduler shares frames out between those who do (scheduler.py).
+    """
 
     sequence_id: int
     request_id: str
@@ -61,6 +65,9 @@ class SequenceInput:
     sampling: ResolvedSampling
     prompt: Prompt
     arrived_at: float
+    tenant: str = ""
+    weight: float = 1.0
+    tier: Literal["priority", "default", "flex"] = "default"
 
 
 @dataclass(slots=True, eq=False)
