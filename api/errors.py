@@ -8,12 +8,14 @@ Source: the error objects of the OpenAI API, whose clients read {"error": {messa
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
+from declaim.api.gate import NO_HEADERS
 from declaim.engine.errors import (
     Cancelled,
     DeclaimError,
@@ -25,6 +27,28 @@ from declaim.engine.errors import (
     RequestError,
     TooLong,
 )
+
+
+class ApiError(DeclaimError):
+    """An error that brings its own answer, so that the table need not know it.
+
+    headers: sent with the answer, names in lower case; they say whether and when a retry helps.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        status: int,
+        type: str,
+        code: str | None = None,
+        headers: Mapping[str, str] = NO_HEADERS,
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        self.type = type
+        self.code = code
+        self.headers = headers
 
 
 class MissingParameter(InvalidRequest):
@@ -84,7 +108,9 @@ _PARAMS = {"text": "input"}
 
 
 def answer_for(error: DeclaimError) -> Answer:
-    """The row of the table that fits `error`; an Overloaded brings its own wait."""
+    """The row of the table that fits `error`; an Overloaded brings its own wait, an ApiError all of it."""
+    if isinstance(error, ApiError):
+        return Answer(error.status, error.type, error.code)
     answer = next(row for kind, row in _TABLE if isinstance(error, kind))
     if isinstance(error, Overloaded):
         return Answer(answer.status, answer.type, answer.code, error.retry_after_s)
@@ -106,7 +132,7 @@ def error_body(error: DeclaimError) -> dict[str, object]:
 def error_response(error: DeclaimError) -> JSONResponse:
     """The whole answer to a declaim error, with the headers by which clients time a retry."""
     answer = answer_for(error)
-    headers = {}
+    headers = dict(error.headers) if isinstance(error, ApiError) else {}
     if answer.retry_after_s is not None:
         headers["retry-after"] = str(max(1, math.ceil(answer.retry_after_s)))
         headers["retry-after-ms"] = str(max(1, math.ceil(answer.retry_after_s * 1000)))
