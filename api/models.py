@@ -117,7 +117,9 @@ def build_models_cli(open_hub: Callable[[], Hub] = open_default_hub) -> typer.Ty
 def quantize(
     model: Annotated[str, typer.Argument(help="A model's name, hub id or folder.")],
     out: Annotated[Path, typer.Option("-o", "--out", help="The folder to write.")],
-    group_size: Annotated[int, typer.Option(help="Inputs that share a scale: 128, 64 or 32.")] = 128,
+    group_size: Annotated[
+        int | None, typer.Option(help="Inputs that share a scale, 128, 64 or 32; the largest that fits if left out.")
+    ] = None,
 ) -> None:
     """Write a model with int4 weights into a folder. Goes on where it was interrupted."""
     from declaim.engine.loader import find_model
@@ -213,6 +215,10 @@ def _precision(folder: Path) -> str:
     """The format that most bytes of a folder's weights have, "?" where there are none or they cannot be read."""
     from safetensors import SafetensorError, safe_open
 
+    from declaim.engine.integrity import QUANTIZATION_NAME
+
+    if (folder / QUANTIZATION_NAME).exists():
+        return "int4"
     bits: Counter[str] = Counter()
     try:
         for path in folder.glob("*.safetensors"):

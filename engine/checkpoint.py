@@ -6,7 +6,6 @@ which they are and what the files' SHA-256 is.
 
 from __future__ import annotations
 
-import hashlib
 import logging
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
@@ -16,16 +15,23 @@ import torch
 
 from declaim.engine.config import INT4_GROUP_SIZES, Int4Recipe
 from declaim.engine.errors import ModelLoadError
+from declaim.engine.integrity import QUANTIZATION_NAME, half_written, hash_file
+from declaim.engine.progress import ignore_progress
 from declaim.engine.safetensors_io import read_integer, read_json, read_tensors, release_pages, take_tensor
-from declaim.kernels.int4 import Int4Weight, can_quantize, concatenate_outputs, lay_out_int4, quantize_weight
+from declaim.kernels.int4 import (
+    Int4Weight,
+    can_quantize,
+    concatenate_outputs,
+    lay_out_int4,
+    quantize_weight,
+    w4a16_dequantize_reference,
+)
 from declaim.kernels.linear import Linear, pack_linear
 
 log = logging.getLogger(__name__)
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
-QUANTIZATION_NAME = "quantization_config.json"
-PROGRESS_NAME = "quantization_progress.json"
 QUANTIZATION_FORMAT = "declaim-int4-planar128-v1"
 INT4_SUFFIXES = (".int4", ".scales", ".offsets")
 
@@ -67,32 +73,45 @@ class Checkpoint:
     def take_linear(self, parts: Sequence[tuple[str, int]], num_in: int, *, bias: str | None = None) -> Linear:
         """Hand out a layer whose outputs are those of `parts` side by side: names of weights, and outputs of each.
 
-        int4 where the folder or the recipe says so, for all parts or none. bias: the name of the whole layer's.
+        int4 where the folder or the recipe makes all parts int4 of one group size. bias: the name of the whole layer's.
         Raises: ModelLoadError.
         """
         num_out = sum(size for _, size in parts)
         biases = None if bias is None else self.take(bias, (num_out,))
-        group_size = self._group_size([name for name, _ in parts], num_in, num_out)
+        group_size = self._group_size(parts, num_in)
         if group_size is None:
-            weights = [self.take(name, (size, num_in)) for name, size in parts]
+            weights = [self._take_dense(name, (size, num_in)) for name, size in parts]
             return pack_linear(weights[0] if len(weights) == 1 else torch.cat(weights), bias=biases)
-        quantized = [self.take_int4(name, (size, num_in), group_size) for name, size in parts]
+        quantized = [self._take_int4(name, (size, num_in), group_size) for name, size in parts]
         weight = lay_out_int4(concatenate_outputs(quantized), dtype=self._dtype, device=self._device)
         self.weight_bytes += weight.num_bytes
         return Linear(weight, biases, num_out, is_packed=False)
 
-    def take_int4(self, name: str, shape: tuple[int, int], group_size: int) -> Int4Weight:
-        """Hand out a weight [out, in] as int4: as it is stored, or quantized on the target device. It is not counted.
+    def _group_size(self, parts: Sequence[tuple[str, int]], num_in: int) -> int | None:
+        """The group size that all parts of a layer have; None makes it dense."""
+        if any(name in self._stored_groups for name, _ in parts):
+            found = {self._stored_groups.get(name) for name, _ in parts}
+        elif self._recipe is not None:
+            found = {choose_group_size(self._recipe, name, num_in, num_out=size) for name, size in parts}
+        else:
+            return None
+        return found.pop() if len(found) == 1 else None
 
-        Raises: ModelLoadError.
-        """
+    def _take_dense(self, name: str, shape: tuple[int, int]) -> torch.Tensor:
+        if name not in self._stored_groups:
+            return self.take(name, shape)
+        # Beside a part that does not fit int4, as where 16 does not divide its outputs, this one is made dense again.
+        stored = self._take_stored(name, shape, self._stored_groups[name])
+        taken = w4a16_dequantize_reference(stored).t().to(device=self._device, dtype=self._dtype)
+        self.weight_bytes += taken.numel() * taken.element_size()
+        return taken
+
+    def _take_int4(self, name: str, shape: tuple[int, int], group_size: int) -> Int4Weight:
         if name in self._stored_groups:
             return self._take_stored(name, shape, group_size)
         tensor = take_tensor(self._tensors, name, shape=shape, path=self.folder)
-        quantized = quantize_weight(tensor.to(self._device), group_size)
+        quantized = quantize_tensor(tensor.to(self._device), group_size, name=name, folder=self.folder)
         release_pages(tensor)
-        if not bool(torch.isfinite(quantized.scales).all() & torch.isfinite(quantized.offsets).all()):
-            raise ModelLoadError(f"{self.folder}: {name} holds values that are not finite: download the model again")
         return quantized
 
     def _take_stored(self, name: str, shape: tuple[int, int], group_size: int) -> Int4Weight:
@@ -104,43 +123,34 @@ class Checkpoint:
         )
         return Int4Weight(packed, scales, offsets, num_in)
 
-    def _group_size(self, names: Sequence[str], num_in: int, num_out: int) -> int | None:
-        stored = {self._stored_groups.get(name) for name in names}
-        if len(stored) > 1:
-            raise ModelLoadError(
-                f"{self.folder}: {', '.join(names)} are one layer, and not all of them int4 of one group size: quantize"
-                " the model again"
-            )
-        if stored != {None}:
-            return stored.pop()
-        return None if self._recipe is None else choose_group_size(self._recipe, names, num_in, num_out=num_out)
+
+def quantize_tensor(tensor: torch.Tensor, group_size: int, *, name: str, folder: Path) -> Int4Weight:
+    """Quantize a folder's weight [out, in] on its device. Raises: ModelLoadError where it is not finite."""
+    quantized = quantize_weight(tensor, group_size)
+    if not bool(torch.isfinite(quantized.scales).all() & torch.isfinite(quantized.offsets).all()):
+        raise ModelLoadError(f"{folder}: {name} holds values that are not finite: download the model again")
+    return quantized
 
 
-def choose_group_size(recipe: Int4Recipe, names: Sequence[str], num_in: int, *, num_out: int) -> int | None:
-    """The group size of a layer made of these weights; None leaves it dense.
+def choose_group_size(recipe: Int4Recipe, name: str, num_in: int, *, num_out: int) -> int | None:
+    """The group size of a weight [num_out, num_in]; None leaves it dense.
 
     Raises: ModelLoadError where the recipe fixes a size that does not fit.
     """
-    if any(fnmatchcase(name, pattern) for name in names for pattern in recipe.keep_dense):
+    if any(fnmatchcase(name, pattern) for pattern in recipe.keep_dense):
         return None
     if can_quantize(num_in, num_out, recipe.group_size):
         return recipe.group_size
-    shown = f"{names[0]} ({num_out} outputs of {num_in} inputs)"
+    shown = f"{name} ({num_out} outputs of {num_in} inputs)"
     if recipe.is_group_fixed:
         raise ModelLoadError(
             f"{shown} cannot have int4 groups of {recipe.group_size}, which must divide the inputs, as 16 must the"
-            " outputs: leave int4_group_size out, or name the layer in int4_keep_dense"
+            " outputs: leave the group size out, or name the layer in int4_keep_dense"
         )
     sizes = (size for size in INT4_GROUP_SIZES if size < recipe.group_size and can_quantize(num_in, num_out, size))
     smaller = next(sizes, None)
     log.info("event=int4_fallback layer=%r asked=%d group_size=%s", shown, recipe.group_size, smaller or "dense")
     return smaller
-
-
-def hash_file(path: Path) -> str:
-    """SHA-256 of a file, in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def shard_names(folder: Path) -> list[str]:
@@ -156,10 +166,9 @@ def shard_names(folder: Path) -> list[str]:
 
 def _read_stored_groups(folder: Path) -> dict[str, int]:
     """Group sizes of the weights that lie in a folder as int4, its files checked. Raises: ModelLoadError."""
-    if (folder / PROGRESS_NAME).exists():
-        raise ModelLoadError(
-            f"{folder} is half written: run declaim quantize again with the same arguments, it goes on from there"
-        )
+    unfinished = half_written(folder)
+    if unfinished is not None:
+        raise ModelLoadError(unfinished)
     path = folder / QUANTIZATION_NAME
     if not path.exists():
         return {}
@@ -175,6 +184,7 @@ def _read_stored_groups(folder: Path) -> dict[str, int]:
     for name, expected in hashes.items():
         if not (folder / name).is_file():
             raise ModelLoadError(f"{folder} has no {name}, which {path.name} lists: quantize or copy it again")
-        if hash_file(folder / name) != expected:
+        size = (folder / name).stat().st_size
+        if hash_file(folder / name, ignore_progress, before=0, total=size).sha256 != expected:
             raise ModelLoadError(f"{folder / name} is not what was written (its SHA-256 differs): copy it again")
     return {name: read_integer(group_sizes, name, path) for name in group_sizes}

@@ -16,6 +16,9 @@ from declaim.engine.progress import Progress, ignore_progress
 log = logging.getLogger(__name__)
 
 CHUNK_BYTES = 1 << 20
+# In a folder of engine/quantize.py: what it did, each file's SHA-256 included; until it is whole, how far it is.
+QUANTIZATION_NAME = "quantization_config.json"
+PROGRESS_NAME = "quantization_progress.json"
 _RECORD_FORMAT = 1
 _RECORD_FOLDER = "declaim"  # beside the hub's own snapshots/, blobs/ and refs/
 
@@ -88,28 +91,70 @@ def check_record(folder: Path, record: Record, progress: Progress = ignore_progr
 
 
 def check_folder(folder: Path, progress: Progress = ignore_progress) -> Verdict:
-    """Check that a folder's JSON files parse and its safetensors files are whole, without knowing their hashes."""
-    from safetensors import SafetensorError, safe_open
+    """Check that a folder's JSON files parse and its safetensors files are whole.
 
-    paths = sorted(path for path in folder.rglob("*") if path.suffix in (".json", ".safetensors") and path.is_file())
+    A folder that `declaim quantize` wrote knows the SHA-256 of its files, and every byte is checked.
+    """
+    hashes, problems = _quantized_hashes(folder)
+    kept = {path for path in folder.rglob("*") if path.suffix in (".json", ".safetensors") and path.is_file()}
+    paths = sorted(kept | {folder / name for name in hashes if (folder / name).is_file()})
     sizes = [path.stat().st_size for path in paths]
-    problems = []
+    problems += [
+        f"{folder / name} is gone: quantize or copy it again" for name in hashes if not (folder / name).is_file()
+    ]
     done = 0
     for path, size in zip(paths, sizes, strict=True):
-        try:
-            if path.suffix == ".json":
-                json.loads(path.read_bytes())
-            else:
-                with safe_open(path, framework="numpy"):
-                    pass
-        except (SafetensorError, OSError, ValueError) as error:
-            problems.append(f"{path} ({size} bytes) is cut short or corrupted ({error}): copy or download it again")
+        sha256 = hashes.get(path.relative_to(folder).as_posix())
+        if sha256 is None:
+            problem, remedy = _structure_problem(path), "copy or download it again"
+        else:
+            problem = _compare(path, size, sha256, progress, before=done, total=sum(sizes))
+            remedy = "quantize or copy it again"
+        if problem is not None:
+            problems.append(f"{path} {problem}: {remedy}")
         done += size
         progress("verify", done, sum(sizes))
     if not any(path.suffix == ".safetensors" for path in paths):
         problems.append(f"{folder} holds no safetensors file: name the folder of a model")
     unknown = f"no SHA-256 is recorded for {folder}: only the files' structure was checked, not every byte"
-    return Verdict(folder, len(paths), sum(sizes), tuple(problems), unknown)
+    return Verdict(folder, len(paths), sum(sizes), tuple(problems), None if hashes else unknown)
+
+
+def half_written(folder: Path) -> str | None:
+    """What is wrong with a folder that `declaim quantize` has begun and not finished; None of any other."""
+    if not (folder / PROGRESS_NAME).exists():
+        return None
+    return f"{folder} is half written: run declaim quantize again with the same arguments, it goes on from there"
+
+
+def _quantized_hashes(folder: Path) -> tuple[dict[str, str], list[str]]:
+    """SHA-256 by name of the files that `declaim quantize` wrote into a folder, and what is wrong with that list."""
+    unfinished = half_written(folder)
+    if unfinished is not None:
+        return {}, [unfinished]
+    path = folder / QUANTIZATION_NAME
+    try:
+        hashes = json.loads(path.read_bytes())["sha256"]
+        return {str(name): str(sha256) for name, sha256 in hashes.items()}, []
+    except FileNotFoundError:
+        return {}, []
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return {}, [f"{path} has no list of SHA-256 that can be read ({error!r}): quantize the model again"]
+
+
+def _structure_problem(path: Path) -> str | None:
+    """What is wrong with a JSON or safetensors file, None if nothing is."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        if path.suffix == ".json":
+            json.loads(path.read_bytes())
+        else:
+            with safe_open(path, framework="numpy"):
+                pass
+    except (SafetensorError, OSError, ValueError) as error:
+        return f"({path.stat().st_size} bytes) is cut short or corrupted ({error})"
+    return None
 
 
 def _record_path(snapshot: Path) -> Path:
@@ -160,7 +205,7 @@ def _compare(path: Path, size: int, sha256: str, progress: Progress, *, before: 
         if actual != size:
             return f"has {actual} bytes instead of {size}"
         if hash_file(path, progress, before=before, total=total).sha256 != sha256:
-            return f"does not have the SHA-256 recorded when it was pulled ({sha256})"
+            return f"does not have the SHA-256 that was recorded ({sha256})"
     except OSError as error:
         return f"cannot be read ({error.strerror})"
     return None
