@@ -20,9 +20,10 @@ from starlette.requests import ClientDisconnect
 from starlette.types import Message, Receive, Scope, Send
 
 from declaim.api.access import SPEECH_PATH, RequestRecord, record_of
-from declaim.api.encode import ENCODERS, Encoder
+from declaim.api.encode import DEFAULT_FORMAT
 from declaim.api.errors import BodyTooLarge, ClientGone, UnsupportedMediaType, error_body
 from declaim.api.metrics import ServerMetrics
+from declaim.api.pipeline import AudioPipeline, check_rate
 from declaim.api.schemas import SpeechBody, parse_speech_body
 from declaim.api.serving import Serving
 from declaim.engine.errors import (
@@ -91,17 +92,12 @@ def to_request(body: SpeechBody, *, model_name: str, request_id: str) -> SpeechR
 
 def check_format(body: SpeechBody) -> str:
     """The response format to encode. Raises: InvalidRequest for one that is not served."""
-    served = " or ".join(f"'{name}'" for name in ENCODERS)
     if body.stream_format not in (None, "audio", "sse"):
         message = f"stream_format is '{body.stream_format}': use 'audio' or 'sse'"
         raise InvalidRequest(message, param="stream_format")
-    if body.response_format is None:
-        message = f"response_format is absent, which means mp3, and mp3 is not served: use {served}"
-        raise InvalidRequest(message, param="response_format")
-    if body.response_format not in ENCODERS:
-        message = f"response_format '{body.response_format}' is not served: use {served}"
-        raise InvalidRequest(message, param="response_format")
-    return body.response_format
+    response_format = DEFAULT_FORMAT if body.response_format is None else body.response_format
+    check_rate(response_format, None)
+    return response_format
 
 
 async def read_json_body(request: Request) -> bytes:
@@ -169,12 +165,12 @@ async def _receive(request: Request) -> Message:
 class _AudioFraming:
     """The encoder's bytes as they are."""
 
-    def __init__(self, encoder: Encoder) -> None:
+    def __init__(self, encoder: AudioPipeline) -> None:
         self._encoder = encoder
         self.media_type = encoder.media_type
 
     def chunk(self, chunk: AudioChunk) -> bytes:
-        return self._encoder.encode(chunk.audio)
+        return self._encoder.feed(chunk.audio)
 
     def finish(self) -> bytes:
         return self._encoder.finish()
@@ -188,14 +184,14 @@ class _EventFraming:
 
     media_type = "text/event-stream"
 
-    def __init__(self, encoder: Encoder, *, num_chars: int) -> None:
+    def __init__(self, encoder: AudioPipeline, *, num_chars: int) -> None:
         self._encoder = encoder
         self._num_chars = num_chars
         self._num_frames = 0
 
     def chunk(self, chunk: AudioChunk) -> bytes:
         self._num_frames += chunk.num_frames
-        return self._delta(self._encoder.encode(chunk.audio))
+        return self._delta(self._encoder.feed(chunk.audio))
 
     def finish(self) -> bytes:
         usage = {
@@ -294,7 +290,7 @@ def build_speech_router(serving: Serving, metrics: ServerMetrics) -> APIRouter:
                 raise EngineError("the engine ended the request without audio")
             record.ttfa_s = time.perf_counter() - record.began_s
             metrics.ttfa_s.observe(record.ttfa_s)
-            encoder = ENCODERS[response_format](first.sample_rate_hz)
+            encoder = AudioPipeline(response_format, source_rate_hz=first.sample_rate_hz)
             framing: _AudioFraming | _EventFraming = _AudioFraming(encoder)
             if body.stream_format == "sse":
                 framing = _EventFraming(encoder, num_chars=len(body.input))

@@ -211,8 +211,8 @@ def test_the_openai_client_writes_a_whole_wav() -> None:
             assert (rate_hz, len(samples)) == (24_000, 14_400)
             assert engine.requests[0].sampling.seed == 3
             with pytest.raises(openai.BadRequestError) as refused:
-                client.audio.speech.create(model="tts-1", voice="alloy", input="Hello.")
-            assert refused.value.param == "response_format" and refused.value.code == "invalid_value"
+                client.audio.speech.create(model="tts-1", voice="alloy", input="")
+            assert refused.value.param == "input" and refused.value.code == "invalid_value"
             assert refused.value.request_id is not None
             with pytest.raises(openai.NotFoundError):
                 client.models.retrieve("whisper-1")
