@@ -1,0 +1,214 @@
+"""The load tester tells what a listener would hear: checked against a peer that notes what it did."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from declaim.load.cli import PROMPTS, build_bench_cli
+from declaim.load.client import Outcome, Target
+from declaim.load.playback import Listener, underruns
+from declaim.load.session import run_closed, run_open
+from declaim.load.summary import Objective, jain, summarize
+from declaim.load.workload import (
+    Tenant,
+    WorkloadError,
+    closed_loop,
+    open_loop,
+    parse_tenant,
+    read_prompts,
+    trace,
+)
+
+from .fake_peer import CHUNK_S, FakePeer
+
+TEXTS = ["One two three four.", "Five six."]
+NOBODY = [Tenant("all")]
+TOLERANCE_S = 0.005
+
+
+def target_of(peer: FakePeer, **fields: object) -> Target:
+    return Target(url=peer.url, model="m", voice="v", **fields)  # type: ignore[arg-type]
+
+
+def ask_all(peer: FakePeer, num: int = 6, *, rate_per_s: float = 20.0, **fields: object) -> list[Outcome]:
+    jobs = open_loop(TEXTS, NOBODY, rate_per_s=rate_per_s, num_jobs=num, burstiness=0, seed=1)
+    return asyncio.run(run_open(target_of(peer, **fields), jobs, lambda outcome: None))
+
+
+def median(values: Sequence[float | None]) -> float:
+    return float(np.median([math.nan if value is None else value for value in values]))
+
+
+@pytest.mark.parametrize("protocol", ["http", "sse", "ws"])
+def test_it_reports_the_delays_it_was_given_within_5_ms(protocol: str) -> None:
+    with FakePeer(first_s=0.08, every_s=0.05, silent_chunks=2) as peer:
+        outcomes = ask_all(peer, 7, rate_per_s=8.0, protocol=protocol, words_per_s=1000.0)
+        arrived, sent = peer.arrived, peer.sent
+    assert [outcome.error for outcome in outcomes] == [None] * 7
+    given_s = [times[0] - came for times, came in zip(sent, arrived, strict=True)]
+    assert abs(median([o.first_byte_s for o in outcomes]) - median(given_s)) < TOLERANCE_S
+    # Two chunks of silence, 50 ms apart, are waited for before the third is heard.
+    waited_s = median([o.first_audio_s for o in outcomes]) - median([o.first_byte_s for o in outcomes])
+    assert waited_s == pytest.approx(2 * CHUNK_S, abs=TOLERANCE_S)
+    gaps_s = [later - sooner for times in sent for sooner, later in zip(times, times[1:], strict=False)]
+    assert abs(median([gap for o in outcomes for gap in o.listener.gaps_s()]) - median(gaps_s)) < TOLERANCE_S
+    assert {round(o.listener.audio_s, 6) for o in outcomes} == {1.0}
+
+
+def test_a_stall_longer_than_the_lead_is_an_underrun_and_a_buffer_hides_it() -> None:
+    with FakePeer(every_s=0.1, stall_at=5, stall_s=0.15, silent_chunks=0) as peer:
+        (outcome,) = ask_all(peer, 1)
+    dry = underruns(outcome.listener.arrivals, buffer_s=0.0)
+    assert dry.count >= 1 and dry.stalled_s == pytest.approx(0.15, abs=0.05)
+    assert underruns(outcome.listener.arrivals, buffer_s=0.4).count == 0
+
+
+def test_a_player_by_hand() -> None:
+    arrivals = [(0.0, 0.1), (0.3, 0.4), (0.35, 1.0)]
+    assert underruns(arrivals, buffer_s=0.0).count == 1
+    assert underruns(arrivals, buffer_s=0.0).stalled_s == pytest.approx(0.2)
+    assert underruns(arrivals, buffer_s=0.2) == underruns(arrivals, buffer_s=5.0)  # both start late and never stop
+    assert underruns([], buffer_s=0.0).count == 0
+
+
+def test_the_first_sound_is_found_however_the_bytes_are_cut() -> None:
+    quiet, loud = np.zeros(1234, "<i2"), np.full(3000, 9000, "<i2")
+    data = b"HEADER" + quiet.tobytes() + loud.tobytes()
+    for size in (1, 7, 333, 10_000):
+        listener = Listener(24_000, header_bytes=6)
+        for i in range(0, len(data), size):
+            listener.feed(data[i : i + size], i / 1e6)
+        assert listener.onset_s == pytest.approx(1200 / 24_000)  # its 10 ms window has it
+        assert listener.audio_s == pytest.approx(4234 / 24_000)
+
+
+def test_refusals_are_counted_by_code_with_the_time_they_took() -> None:
+    with FakePeer(refuse=429, refuse_each=2, num_chunks=2) as peer:
+        outcomes = ask_all(peer, 6)
+    summary = summarize(outcomes, Objective())
+    assert summary.errors == {"http 429 rate_limit_exceeded": 3}
+    assert summary.num_whole == 3 and summary.good_share == pytest.approx(0.5)
+    assert not summary.holds_objective
+    assert 0 < summary.refusal_s.p50 < 0.5
+    assert {o.retry_after_s for o in outcomes if o.error} == {0.05}
+
+
+def test_a_broken_connection_is_no_whole_stream() -> None:
+    with FakePeer(cut_after=3) as peer:
+        outcomes = ask_all(peer, 2)
+        events = ask_all(peer, 2, protocol="sse")
+    assert [o.error for o in outcomes + events] == ["cut"] * 4
+
+
+def test_silence_is_an_error_and_so_are_no_server_and_no_answer() -> None:
+    with FakePeer(silent_chunks=99) as peer:
+        assert [o.error for o in ask_all(peer, 1)] == ["silent"]
+    with FakePeer(first_s=5.0) as peer:
+        assert [o.error for o in ask_all(peer, 1, timeout_s=0.2)] == ["timeout"]
+    assert [o.error for o in ask_all(peer, 1)] == ["refused"]
+
+
+def test_a_closed_loop_keeps_its_number_busy_and_sends_each_tenants_key() -> None:
+    tenants = [Tenant("a", "sk-a"), Tenant("b", "sk-b")]
+    with FakePeer(num_chunks=3) as peer:
+        jobs = closed_loop(TEXTS, tenants, num_jobs=12, seed=0)
+        outcomes = asyncio.run(run_closed(target_of(peer), jobs, lambda outcome: None, concurrency=4))
+    assert len(outcomes) == 12 and {key for key in peer.keys} == {"Bearer sk-a", "Bearer sk-b"}
+    edges = sorted([(o.sent_s, 1) for o in outcomes] + [(o.ended_s, -1) for o in outcomes])
+    assert max(np.cumsum([step for _, step in edges])) == 4
+    summary = summarize(outcomes, Objective())
+    assert [t.num_requests for t in summary.tenants] == [6, 6]
+    assert summary.fairness == pytest.approx(1.0)
+
+
+def test_words_are_fed_one_by_one_and_arrive_as_the_text() -> None:
+    with FakePeer() as peer:
+        (outcome,) = ask_all(peer, 1, protocol="ws", words_per_s=50.0)
+    assert outcome.error is None and peer.texts == [outcome.job.text]
+    assert outcome.first_byte_s is not None and outcome.first_byte_s > (len(outcome.job.text.split()) - 1) / 50.0
+
+
+def test_arrivals_have_the_rate_and_the_burstiness_asked_for() -> None:
+    for burstiness in (0.0, 1.0, 4.0):
+        jobs = open_loop(TEXTS, NOBODY, rate_per_s=10, num_jobs=4000, burstiness=burstiness, seed=3)
+        gaps = np.diff([job.at_s for job in jobs])
+        assert gaps.mean() == pytest.approx(0.1, rel=0.1)
+        assert gaps.var() / 0.1**2 == pytest.approx(burstiness, rel=0.25, abs=1e-9)
+    assert jobs == open_loop(TEXTS, NOBODY, rate_per_s=10, num_jobs=4000, burstiness=4.0, seed=3)
+
+
+def test_tenants_arrive_by_their_weights() -> None:
+    tenants = [Tenant("a", rate_weight=3.0), Tenant("b")]
+    jobs = open_loop(TEXTS, tenants, rate_per_s=10, num_jobs=4000, burstiness=1.0, seed=0)
+    assert sum(job.tenant.name == "a" for job in jobs) / 4000 == pytest.approx(0.75, abs=0.03)
+
+
+def test_fairness_is_jains() -> None:
+    assert jain([1, 1, 1, 1]) == 1.0
+    assert jain([1, 0, 0, 0]) == 0.25
+    assert math.isnan(jain([0, 0]))
+
+
+def test_a_trace_is_read_and_what_is_wrong_with_one_is_said(tmp_path: Path) -> None:
+    path = tmp_path / "trace.csv"
+    path.write_text("at_s,tenant,text\n0.5,b,Hello.\n0.1,a,\n", encoding="utf-8")
+    jobs = trace(path, TEXTS, [Tenant("a"), Tenant("b")], seed=0)
+    assert [(job.at_s, job.tenant.name) for job in jobs] == [(0.1, "a"), (0.5, "b")]
+    assert jobs[1].text == "Hello." and jobs[0].text in TEXTS
+    with pytest.raises(WorkloadError, match="'b': give it with --tenant"):
+        trace(path, TEXTS, [Tenant("a")], seed=0)
+    path.write_text("when\n1\n", encoding="utf-8")
+    with pytest.raises(WorkloadError, match="column at_s"):
+        trace(path, TEXTS, NOBODY, seed=0)
+
+
+@pytest.mark.parametrize("value", ["", ":k", "a:k:0", "a:k:x", "a:k:1:2:3", "a:k:-1"])
+def test_a_tenant_that_makes_no_sense_is_named(value: str) -> None:
+    with pytest.raises(WorkloadError, match="--tenant is"):
+        parse_tenant(value)
+
+
+def test_a_tenant_has_a_key_a_weight_and_a_share() -> None:
+    assert parse_tenant("a") == Tenant("a")
+    assert parse_tenant("a:sk-1:2:0.5") == Tenant("a", "sk-1", 2.0, 0.5)
+
+
+def test_the_prompts_that_come_with_it() -> None:
+    assert len(read_prompts(PROMPTS)) > 50
+
+
+def test_the_command_sweeps_prints_and_writes_a_report(tmp_path: Path) -> None:
+    with FakePeer(num_chunks=2, every_s=0.0, first_s=0.01) as peer:
+        arguments = ["serve", "--url", peer.url, "--rate", "60", "--sweep", "--num", "6", "--report", str(tmp_path)]
+        done = CliRunner().invoke(build_bench_cli(), [*arguments, "--first-audio-ms", "2000"])
+    assert done.exit_code == 0, done.output
+    result = json.loads(done.output.splitlines()[-1])
+    assert result["highest_rate_per_s"] >= 60 and len(result["runs"]) > 2
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert page.count("data:image/png") == 3 and "requests/s" in page
+    for name in ("latency", "distributions", "timeline"):
+        assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ([], "give one of --rate, --concurrency and --trace"),
+        (["--rate", "1", "--concurrency", "2"], "give one of"),
+        (["--concurrency", "2", "--sweep"], "--sweep searches a rate"),
+        (["--rate", "1", "--extra", "[1]"], "give a JSON object"),
+        (["--rate", "1", "--prompts", "/nowhere"], "--prompts /nowhere cannot be read"),
+        (["--rate", "50", "--num", "1", "--url", "http://127.0.0.1:9/v1"], "is the server up"),
+    ],
+)
+def test_what_cannot_be_run_is_said(arguments: list[str], said: str) -> None:
+    done = CliRunner().invoke(build_bench_cli(), ["serve", *arguments])
+    assert done.exit_code != 0 and said in done.output
