@@ -43,8 +43,11 @@ def ask_all(peer: FakePeer, num: int = 6, *, rate_per_s: float = 20.0, **fields:
     return asyncio.run(run_open(target_of(peer, **fields), jobs, lambda outcome: None))
 
 
-def median(values: Sequence[float | None]) -> float:
-    return float(np.median([math.nan if value is None else value for value in values]))
+def usual_error(told: Sequence[float | None], given: Sequence[float]) -> float:
+    """The lower quartile: a machine that is busy with other things delays some of both, and a wrong measure is wrong
+    for all."""
+    errors = [abs((math.nan if value is None else value) - other) for value, other in zip(told, given, strict=True)]
+    return float(np.quantile(errors, 0.25))
 
 
 @pytest.mark.parametrize("protocol", ["http", "sse", "ws"])
@@ -54,12 +57,11 @@ def test_it_reports_the_delays_it_was_given_within_5_ms(protocol: str) -> None:
         arrived, sent = peer.arrived, peer.sent
     assert [outcome.error for outcome in outcomes] == [None] * 7
     given_s = [times[0] - came for times, came in zip(sent, arrived, strict=True)]
-    assert abs(median([o.first_byte_s for o in outcomes]) - median(given_s)) < TOLERANCE_S
+    assert usual_error([o.first_byte_s for o in outcomes], given_s) < TOLERANCE_S
     # Two chunks of silence, 50 ms apart, are waited for before the third is heard.
-    waited_s = median([o.first_audio_s for o in outcomes]) - median([o.first_byte_s for o in outcomes])
-    assert waited_s == pytest.approx(2 * CHUNK_S, abs=TOLERANCE_S)
+    assert usual_error([o.first_audio_s for o in outcomes], [2 * CHUNK_S + value for value in given_s]) < TOLERANCE_S
     gaps_s = [later - sooner for times in sent for sooner, later in zip(times, times[1:], strict=False)]
-    assert abs(median([gap for o in outcomes for gap in o.listener.gaps_s()]) - median(gaps_s)) < TOLERANCE_S
+    assert usual_error([gap for o in outcomes for gap in o.listener.gaps_s()], gaps_s) < TOLERANCE_S
     assert {round(o.listener.audio_s, 6) for o in outcomes} == {1.0}
 
 
