@@ -23,11 +23,12 @@ from declaim.engine.blocks import blocks_for
 from declaim.engine.memory import batch_buckets
 from declaim.engine.models.base import SpeechModel, StepContext
 from declaim.engine.progress import Progress
-from declaim.engine.runner import LaunchedStep, Runner
+from declaim.engine.runner import NEVER_DRAWN, LaunchedStep, Runner
 from declaim.engine.sampler import sample_ops
 from declaim.engine.sequence import Sequence
 from declaim.engine.spec import ModelSpec, RepetitionPenalty
 from declaim.kernels.attention import AttentionPlan
+from declaim.kernels.mamba import StatePlan
 from declaim.kernels.sample import SampleParams, guided_sample
 
 _NEVER = 1 << 40  # a row no sequence reaches
@@ -154,12 +155,14 @@ class _Lanes:
     """A bucket's static inputs, and the graph that reads them.
 
     seats: int64 [B]; tables: int32 [branches * B, blocks], all of branch 0 first; cross_tables: int32 [B, blocks].
-    drawn: int32 [B, Q], written by a replay. replay: runs the step.
+    states: int64 [branches * B], slots of recurrent state. drawn: int32 [B, Q], written by a replay. replay: runs the
+    step.
     """
 
     seats: torch.Tensor
     tables: torch.Tensor
     cross_tables: torch.Tensor | None
+    states: torch.Tensor | None
     drawn: torch.Tensor
     replay: Callable[[], object]
 
@@ -175,6 +178,8 @@ class GraphRunner:
         self.block_size, self._max_batch = block_size, max_batch
         self.num_blocks = runner.num_blocks
         self._ops = sample_ops(model.spec.sampling)
+        penalties = (op for op in model.spec.sampling.ops if isinstance(op, RepetitionPenalty))
+        self._skips_first = any(op.skips_first for op in penalties)
         self._is_cuda = model.device.type == "cuda"
         # Rows in flight pin the seats of one step, and the next step may hold as many others.
         num_seats = 2 * max_batch
@@ -220,6 +225,7 @@ class GraphRunner:
 
         If it raises, no seat has moved on: whoever had one still has it as it was.
         """
+        self._runner.hold_states(batch.entries)
         seated = [entry for entry in batch.entries if self._is_seated(entry)]
         stepping = {entry.sequence.sequence_id for entry in seated}
         others = [entry for entry in batch.entries if entry.sequence.sequence_id not in stepping]
@@ -232,7 +238,9 @@ class GraphRunner:
                 parts.append(self._draw_first(drawing, logits, busy=stepping))
         if seated:
             order += seated
+            self._runner.begin_states(seated)
             parts.append(self._replay(seated))
+            self._runner.advance_states(seated)
         self._held = {entry.sequence.sequence_id for entry in batch.entries}
         return LaunchedStep(batch, self._reader(order, parts))
 
@@ -273,8 +281,19 @@ class GraphRunner:
         self._upload(tables, lanes.tables)
         if lanes.cross_tables is not None:
             self._upload(self._cross_tables[seats], lanes.cross_tables)
+        if lanes.states is not None:
+            self._upload(self._state_slots(entries, num_branches, bucket), lanes.states)
         lanes.replay()
         return lanes.drawn[:count]
+
+    def _state_slots(self, entries: Items[Entry], num_branches: int, bucket: int) -> NDArray[np.int64]:
+        """Where the recurrent states lie, branch 0 first; -1 for nobody. int64 [branches * bucket]."""
+        slots = np.full((num_branches, bucket), -1, dtype=np.int64)
+        if self._runner.states is not None:
+            for i, entry in enumerate(entries):
+                for branch in range(entry.sequence.num_branches):
+                    slots[branch, i] = self._runner.states.slot(entry.sequence.sequence_id, branch)
+        return slots.reshape(-1)
 
     def _draw_first(self, drawing: Items[Entry], logits: torch.Tensor, *, busy: set[int]) -> torch.Tensor:
         """Seat sequences whose prompt has just run, and draw their first rows. logits: as `Runner.compute` gives."""
@@ -323,13 +342,16 @@ class GraphRunner:
         cross = None
         if self._max_cross_blocks:
             cross = torch.zeros(bucket, self._max_cross_blocks, dtype=torch.int32, device=device)
+        states = None
+        if self._runner.states is not None:
+            states = torch.full((num_branches * bucket,), -1, device=device)
         drawn = torch.zeros(bucket, self._model.spec.rule.num_codebooks, dtype=torch.int32, device=device)
 
         def step() -> None:
-            drawn.copy_(self._step(seats, tables, cross))
+            drawn.copy_(self._step(seats, tables, cross, states))
 
         if not self._is_cuda:
-            return _Lanes(seats, tables, cross, drawn, step)
+            return _Lanes(seats, tables, cross, states, drawn, step)
         # The first run compiles kernels and allocates what they keep; both are forbidden while capturing.
         stream: Any = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream())
@@ -339,9 +361,15 @@ class GraphRunner:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._pool):
             step()
-        return _Lanes(seats, tables, cross, drawn, graph.replay)
+        return _Lanes(seats, tables, cross, states, drawn, graph.replay)
 
-    def _step(self, seats: torch.Tensor, tables: torch.Tensor, cross_tables: torch.Tensor | None) -> torch.Tensor:
+    def _step(
+        self,
+        seats: torch.Tensor,
+        tables: torch.Tensor,
+        cross_tables: torch.Tensor | None,
+        state_slots: torch.Tensor | None,
+    ) -> torch.Tensor:
         """Embedding, layers, logits, draw, frame rule: tensors in, tensors out, nothing the host must know."""
         count, num_branches = len(seats), len(tables) // len(seats)
         state, model = self.seats, self._model
@@ -361,6 +389,13 @@ class GraphRunner:
         if cross_tables is not None:
             cross_lens = torch.where(is_real, numbers[:, _CROSS_LEN], 0)
             cross = self._plan(cross_tables, cross_lens, causal=False)
+        plan = None
+        if state_slots is not None:
+            plan = StatePlan(
+                query_start=torch.arange(len(tables) + 1, dtype=torch.int32, device=seats.device),
+                slots=state_slots,
+                is_new=torch.zeros_like(is_there),
+            )
         context = StepContext(
             positions=positions,
             slots=slots,
@@ -370,6 +405,8 @@ class GraphRunner:
             cross_caches=self._runner.cross_caches,
             num_conditional=count,
             last=torch.arange(num_branches * count, device=seats.device),
+            state=plan,
+            states=() if self._runner.states is None else self._runner.states.layers,
         )
         logits = model.logits(model.forward(x.repeat(num_branches, 1), context))
         lanes = torch.arange(count, device=seats.device)
@@ -391,12 +428,20 @@ class GraphRunner:
         """Draw the next row of each sequence and move its seat on. Returns int32 [B, Q]."""
         state, rule = self.seats, self._model.spec.rule
         is_real = seats != state.nobody
+        rows = state.numbers[seats, _ROW] + 1
+        first_row = state.numbers[seats, _FIRST_FORCED]
+        history = state.history[seats]
+        if self._skips_first:
+            history = torch.where((rows == first_row)[:, None, None], -1, history)
+        if rule.min_frames:
+            ends = logits[: len(seats), rule.eos_codebook, rule.eos]
+            ends.copy_(torch.where(rows < first_row + rule.min_frames, NEVER_DRAWN, ends))
         drawn = guided_sample(
             logits,
             state.params_of(seats),
-            rows=torch.where(is_real, state.numbers[seats, _ROW] + 1, -1),
+            rows=torch.where(is_real, rows, -1),
             uncond_rows=uncond_rows,
-            history=state.history[seats],
+            history=history,
             ops=self._ops,
         )
         state.advance(seats, drawn, eos=rule.eos, eos_codebook=rule.eos_codebook)

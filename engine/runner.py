@@ -18,9 +18,35 @@ from declaim.engine import sampler
 from declaim.engine.batch import Batch, Entry
 from declaim.engine.models.base import LayerCache, Prefill, SpeechModel, StepContext
 from declaim.engine.sequence import Sequence
-from declaim.engine.spec import RepetitionPenalty
+from declaim.engine.spec import FrameRule, RepetitionPenalty
+from declaim.engine.states import StateSlots
 from declaim.kernels.attention import AttentionPlan, plan_attention
 from declaim.kernels.kv_cache import allocate_cache, write_cache
+from declaim.kernels.mamba import StatePlan
+
+NEVER_DRAWN = -1e30  # a logit no guidance and no penalty brings back, and still a finite one
+SPARE_STATES = 8  # beyond those of one step, for sequences that pause
+REPLAY_POSITIONS = 256  # of one branch, run at once to make a lost state again
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Run:
+    """Consecutive positions of one branch of a sequence. draws: whether the last one's logits are wanted."""
+
+    sequence: Sequence
+    branch: int
+    first: int
+    num_positions: int
+    draws: bool
+
+    @property
+    def end(self) -> int:
+        return self.first + self.num_positions
+
+    @property
+    def rows(self) -> NDArray[np.int64]:
+        """The grid row of each position; negative within the prefix."""
+        return np.arange(self.first, self.end) - self.sequence.prompt.prefix_len
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -37,7 +63,10 @@ class Runner:
 
     is_asynchronous = False
 
-    def __init__(self, model: SpeechModel, *, num_blocks: int, num_cross_blocks: int, block_size: int) -> None:
+    def __init__(
+        self, model: SpeechModel, *, num_blocks: int, num_cross_blocks: int, block_size: int, max_batch: int = 32
+    ) -> None:
+        """Allocate the caches. max_batch: sequences in a step; as many and a few more have a recurrent state."""
         self._model = model
         self._block_size = block_size
         self.num_blocks = num_blocks
@@ -48,9 +77,19 @@ class Runner:
             self.cross_caches = self._allocate(
                 cross.num_layers, num_cross_blocks, cross.num_kv_heads, head_dim=cross.head_dim
             )
+        self.states: StateSlots | None = None
+        if cache.state is not None:
+            self.states = StateSlots(
+                cache.state,
+                max_batch + SPARE_STATES,
+                num_branches=2 if model.spec.sampling.has_guidance else 1,
+                dtype=model.dtype,
+                device=model.device,
+            )
         self._prefills: dict[int, Prefill] = {}
-        windows = [op.window for op in model.spec.sampling.ops if isinstance(op, RepetitionPenalty)]
-        self._history_rows = max(windows, default=0)
+        penalties = [op for op in model.spec.sampling.ops if isinstance(op, RepetitionPenalty)]
+        self._history_rows = max((op.window for op in penalties), default=0)
+        self._skips_first = any(op.skips_first for op in penalties)
 
     def begin(self, sequence: Sequence) -> None:
         """Run the text side of a sequence, once, before its first step; its length is then known if it ever is."""
@@ -63,8 +102,10 @@ class Runner:
         return sequence.sequence_id in self._prefills
 
     def release(self, sequence: Sequence) -> None:
-        """Forget what `begin` made."""
+        """Forget what `begin` made, and the state."""
         self._prefills.pop(sequence.sequence_id, None)
+        if self.states is not None:
+            self.states.release(sequence.sequence_id)
 
     def launch(self, batch: Batch) -> LaunchedStep:
         """Run a step's positions; where an entry reaches its last one, draw."""
@@ -77,6 +118,10 @@ class Runner:
         drawing, logits = self.compute(batch)
         if logits is None:
             return {}
+        rule = self._model.spec.rule
+        for i, entry in enumerate(drawing):
+            if is_too_early(rule, entry.sequence):
+                logits[i, rule.eos_codebook, rule.eos] = NEVER_DRAWN
         guided = [i for i, entry in enumerate(drawing) if entry.sequence.num_branches > 1]
         inputs = sampler.DrawInputs(
             cond=logits[: len(drawing)],
@@ -98,10 +143,41 @@ class Runner:
         for entry in batch.entries:
             if entry.sequence.num_cached == 0:
                 self._write_cross(entry.sequence)
-        order = _branch_major(batch.entries)
-        hidden = self._model.forward(self._embed(order), self._context(batch.entries, order))
+        self.hold_states(batch.entries)
+        self.begin_states(batch.entries)
+        hidden = self._forward(_branch_major(batch.entries))
+        self.advance_states(batch.entries)
         drawing = [entry for entry in batch.entries if entry.draws]
         return drawing, self._model.logits(hidden) if drawing else None
+
+    def hold_states(self, entries: Items[Entry]) -> None:
+        """Have the recurrent state of each of a step's sequences in its slot, as its cached positions left it: those
+        that were lost are made again."""
+        if self.states is None:
+            return
+        self.states.hold([entry.sequence.sequence_id for entry in entries])
+        for entry in entries:
+            sequence = entry.sequence
+            if self.states.has_taken(sequence.sequence_id, sequence.num_cached):
+                continue
+            for first in range(0, sequence.num_cached, REPLAY_POSITIONS):
+                count = min(REPLAY_POSITIONS, sequence.num_cached - first)
+                branches = range(sequence.num_branches)
+                self._forward([_Run(sequence, branch, first, count, draws=False) for branch in branches])
+            self.states.end_step(sequence.sequence_id, sequence.num_cached)
+
+    def begin_states(self, entries: Items[Entry]) -> None:
+        """From here to `advance_states` the states of these sequences count as lost: a step may fail half way."""
+        if self.states is not None:
+            for entry in entries:
+                self.states.begin_step(entry.sequence.sequence_id)
+
+    def advance_states(self, entries: Items[Entry]) -> None:
+        """Record that the states of a step have taken in its positions."""
+        if self.states is not None:
+            for entry in entries:
+                end = entry.sequence.num_cached + entry.num_positions
+                self.states.end_step(entry.sequence.sequence_id, end)
 
     def side(self, sequence: Sequence) -> torch.Tensor | None:
         """The side vectors of a sequence that has begun, [rows, C]."""
@@ -136,39 +212,62 @@ class Runner:
         # The cache holds them now; kept a second time, they would be as large as seconds of speech.
         self._prefills[sequence.sequence_id] = replace(prefill, cross=())
 
-    def _context(self, entries: Items[Entry], order: list[tuple[Entry, int]]) -> StepContext:
+    def _forward(self, runs: Items[_Run]) -> torch.Tensor:
+        """Run the decoder over runs in branch-major order. Returns the hidden states of those that draw, [M, C]."""
+        return self._model.forward(self._embed(runs), self._context(runs))
+
+    def _context(self, runs: Items[_Run]) -> StepContext:
         device = self._model.device
-        first = [entry.sequence.num_cached for entry, _ in order]
-        counts = [entry.num_positions for entry, _ in order]
-        tables = [entry.sequence.block_tables[branch] for entry, branch in order]
-        ends = [begin + count for begin, count in zip(first, counts, strict=True)]
-        positions = np.concatenate([np.arange(begin, end) for begin, end in zip(first, ends, strict=True)])
-        slots = np.concatenate([self._slots(*item) for item in zip(tables, first, ends, strict=True)])
-        ends_in_step = np.cumsum(counts)
-        last = [end - 1 for (entry, _), end in zip(order, ends_in_step, strict=True) if entry.draws]
+        counts = [run.num_positions for run in runs]
+        tables = [run.sequence.block_tables[run.branch] for run in runs]
+        positions = np.concatenate([np.arange(run.first, run.end) for run in runs])
+        slots = np.concatenate(
+            [self._slots(table, run.first, run.end) for table, run in zip(tables, runs, strict=True)]
+        )
+        starts = np.concatenate([[0], np.cumsum(counts)])
+        last = [end - 1 for run, end in zip(runs, starts[1:], strict=True) if run.draws]
+        conditional = [run for run in runs if run.branch == 0]
         return StepContext(
             positions=torch.from_numpy(positions).to(device),
             slots=torch.from_numpy(slots).to(device),
             attention=plan_attention(
-                tables, counts, context_lens=ends, block_size=self._block_size, causal=True, device=device
+                tables,
+                counts,
+                context_lens=[run.end for run in runs],
+                block_size=self._block_size,
+                causal=True,
+                device=device,
             ),
             caches=self.caches,
-            cross=self._cross_plan(entries),
+            cross=self._cross_plan(conditional),
             cross_caches=self.cross_caches,
-            num_conditional=sum(entry.num_positions for entry in entries),
+            num_conditional=sum(run.num_positions for run in conditional),
             last=torch.tensor(last, dtype=torch.int64, device=device),
+            state=self._state_plan(runs, starts),
+            states=() if self.states is None else self.states.layers,
         )
 
-    def _cross_plan(self, entries: Items[Entry]) -> AttentionPlan | None:
+    def _cross_plan(self, conditional: Items[_Run]) -> AttentionPlan | None:
         if not self.cross_caches:
             return None
         return plan_attention(
-            [entry.sequence.cross_blocks for entry in entries],
-            [entry.num_positions for entry in entries],
-            context_lens=[entry.sequence.prompt.cross_len for entry in entries],
+            [run.sequence.cross_blocks for run in conditional],
+            [run.num_positions for run in conditional],
+            context_lens=[run.sequence.prompt.cross_len for run in conditional],
             block_size=self._block_size,
             causal=False,
             device=self._model.device,
+        )
+
+    def _state_plan(self, runs: Items[_Run], starts: NDArray[np.int64]) -> StatePlan | None:
+        if self.states is None:
+            return None
+        device = self._model.device
+        slots = [self.states.slot(run.sequence.sequence_id, run.branch) for run in runs]
+        return StatePlan(
+            query_start=torch.from_numpy(starts.astype(np.int32)).to(device),
+            slots=torch.tensor(slots, device=device),
+            is_new=torch.tensor([run.first == 0 for run in runs], device=device),
         )
 
     def _slots(self, table: list[int], begin: int, end: int) -> NDArray[np.int64]:
@@ -177,43 +276,45 @@ class Runner:
             positions % self._block_size
         )
 
-    def _embed(self, order: list[tuple[Entry, int]]) -> torch.Tensor:
+    def _embed(self, runs: Items[_Run]) -> torch.Tensor:
         """Row embeddings, plus the side vectors of those rows; positions of the prefix take its embeddings instead."""
-        codes = [entry.sequence.rows[np.maximum(_row_indices(entry), 0)] for entry, _ in order]
+        codes = [run.sequence.rows[np.maximum(run.rows, 0)] for run in runs]
         x = self._model.embed(torch.from_numpy(np.concatenate(codes).astype(np.int64)).to(self._model.device))
         begin = 0
-        for entry, branch in order:
-            prefill = self._prefills[entry.sequence.sequence_id]
-            part = x[begin : begin + entry.num_positions]
-            rows = _row_indices(entry)
+        for run in runs:
+            prefill, rows = self._prefills[run.sequence.sequence_id], run.rows
+            part = x[begin : begin + run.num_positions]
             num_prefix = int((rows < 0).sum())
             if prefill.side is not None and num_prefix < len(rows):
                 part[num_prefix:] += prefill.side[rows[num_prefix] : rows[-1] + 1]
             if prefill.prefix is not None and num_prefix:
-                first = entry.sequence.num_cached
-                part[:num_prefix] = prefill.prefix[branch, first : first + num_prefix]
-            begin += entry.num_positions
+                part[:num_prefix] = prefill.prefix[run.branch, run.first : run.first + num_prefix]
+            begin += run.num_positions
         return x
 
     def _history(self, drawing: Items[Entry]) -> torch.Tensor:
-        """The last rows of each sequence, -1 before the first. int64 [B, W, Q]."""
+        """The last rows of each sequence, -1 before the first, and all -1 where no penalty applies. int64 [B, W, Q]."""
         width = self._history_rows
         history = np.full((len(drawing), width, self._model.spec.rule.num_codebooks), -1, dtype=np.int64)
         for i, entry in enumerate(drawing):
+            if self._skips_first and entry.sequence.num_rows == entry.sequence.num_prompt_frames + 1:
+                continue
             past = entry.sequence.rows[max(0, entry.sequence.num_rows - width) : entry.sequence.num_rows]
             history[i, width - len(past) :] = past
         return torch.from_numpy(history).to(self._model.device)
 
 
-def _branch_major(entries: Items[Entry]) -> list[tuple[Entry, int]]:
+def is_too_early(rule: FrameRule, sequence: Sequence) -> bool:
+    """Whether the row that a sequence draws next would end it before it may."""
+    return sequence.num_rows <= sequence.num_prompt_frames + rule.min_frames
+
+
+def _branch_major(entries: Items[Entry]) -> list[_Run]:
     """All of branch 0 in the order of the entries, then branch 1 of those that have it, and so on."""
     num_branches = max(entry.sequence.num_branches for entry in entries)
     return [
-        (entry, branch) for branch in range(num_branches) for entry in entries if branch < entry.sequence.num_branches
+        _Run(entry.sequence, branch, entry.sequence.num_cached, entry.num_positions, entry.draws)
+        for branch in range(num_branches)
+        for entry in entries
+        if branch < entry.sequence.num_branches
     ]
-
-
-def _row_indices(entry: Entry) -> NDArray[np.int64]:
-    """The grid row of each of an entry's positions; negative within the prefix."""
-    first = entry.sequence.num_cached - entry.sequence.prompt.prefix_len
-    return np.arange(first, first + entry.num_positions)

@@ -6,7 +6,8 @@ Torch-free: a family can be described, and its frame rule tested, without loadin
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Literal
 
 
@@ -22,13 +23,35 @@ class CrossSpec:
 
 
 @dataclass(frozen=True, slots=True)
+class StateSpec:
+    """What recurrent layers carry from one position to the next: of one size however long the sequence.
+
+    num_conv: the newest inputs of a causal convolution, each `conv_size` wide. num_heads, head_dim, size: a layer's
+    matrix state, [num_heads, head_dim, size].
+    """
+
+    num_layers: int
+    num_conv: int
+    conv_size: int
+    num_heads: int
+    head_dim: int
+    size: int
+
+    def bytes_per_branch(self, element_bytes: int) -> int:
+        """Bytes of one branch's state over all layers."""
+        elements = self.num_conv * self.conv_size + self.num_heads * self.head_dim * self.size
+        return self.num_layers * elements * element_bytes
+
+
+@dataclass(frozen=True, slots=True)
 class CacheSpec:
-    """Paged self-attention KV of every branch, and cross-attention KV where the family has it."""
+    """Paged self-attention KV of every branch, cross-attention KV and recurrent state where the family has them."""
 
     num_layers: int
     num_kv_heads: int
     head_dim: int
     cross: CrossSpec | None = None
+    state: StateSpec | None = None
 
     def bytes_per_position(self, element_bytes: int) -> int:
         """Bytes of self-attention K and V that one position takes over all layers."""
@@ -48,7 +71,7 @@ class FrameRule:
     Row t, codebook q holds frame `t - 1 - delay[q]`; while that is negative the row holds `fill`.
     From the end row s (where codebook `eos_codebook` drew `eos`, or where the length is known or runs out)
     row s + j is overwritten by `drain[j]`; -1 keeps the drawn code. The grid is done after
-    row s + len(drain) - 1, and it holds s - 1 frames.
+    row s + len(drain) - 1, and it holds s - 1 frames. `eos` cannot be drawn before there are `min_frames` new ones.
     """
 
     delay: tuple[int, ...]
@@ -56,6 +79,7 @@ class FrameRule:
     eos: int | None  # None: the family never draws an end; its length is known before the first step
     drain: tuple[tuple[int, ...], ...]
     eos_codebook: int = 0
+    min_frames: int = 0
 
     @property
     def num_codebooks(self) -> int:
@@ -102,11 +126,12 @@ class EosGate:
 class RepetitionPenalty:
     """Divide positive and multiply negative logits of the ids in the last `window` rows of the same codebook.
 
-    An id seen twice is penalised twice (`compounding`), or once.
+    An id seen twice is penalised twice (`compounding`), or once. With `skips_first` the first row drawn is not.
     """
 
     window: int
     compounding: bool = True
+    skips_first: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,6 +199,22 @@ class CodecSpec:
 
 
 @dataclass(frozen=True, slots=True)
+class ControlSpec:
+    """A dial of a family's own: `length` numbers from `low` to `high`, or one of `names`, which stand for numbers.
+
+    default: what is taken where the request says nothing; None leaves it to the model. A single number is taken for
+    all `length`.
+    """
+
+    description: str
+    low: float
+    high: float
+    default: tuple[float, ...] | None
+    length: int = 1
+    names: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
 class ModelSpec:
     """Everything but the weights."""
 
@@ -189,3 +230,6 @@ class ModelSpec:
     supports_speed: bool
     supports_voice_prompt: bool
     voices: tuple[str, ...] = ()  # the model's own, by name; the first is the default
+    controls: Mapping[str, ControlSpec] = field(default_factory=dict)
+    # Words of instructions, such as "slowly", and the controls they set.
+    instructions: Mapping[str, Mapping[str, tuple[float, ...]]] = field(default_factory=dict)

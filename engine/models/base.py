@@ -15,7 +15,9 @@ from numpy.typing import NDArray
 from declaim.engine.request import ResolvedSampling
 from declaim.engine.sequence import Prompt
 from declaim.engine.spec import ModelSpec
+from declaim.engine.states import LayerState
 from declaim.kernels.attention import AttentionPlan
+from declaim.kernels.mamba import StatePlan
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -45,6 +47,7 @@ class StepContext:
     positions: int64 [N], for rotary embedding; slots: int64 [N], where their K and V go.
     cross: the plan of the first `num_conditional` rows (branch 0); None where the family has no cross-attention.
     last: int64 [M], the rows whose logits are wanted.
+    state: whose rows move which recurrent state in `states`; None where the family has none.
     """
 
     positions: torch.Tensor
@@ -55,6 +58,8 @@ class StepContext:
     cross_caches: tuple[LayerCache, ...]
     num_conditional: int
     last: torch.Tensor
+    state: StatePlan | None = None
+    states: tuple[LayerState, ...] = ()
 
 
 class SpeechModel(Protocol):

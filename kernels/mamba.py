@@ -1,0 +1,440 @@
+"""Mamba-2's recurrent layer: a short causal convolution, the state's recurrence, and the gated norm after it.
+
+Each sequence has one slot of state, of one size however long it is. A step brings it some new positions, one while
+decoding and more in a prefill, which are taken one after the other either way: the state is rounded to its dtype after
+every position, so however a prompt is cut into steps, and whether it is computed again after a preemption, the bits are
+the same. The reference rounds after each decoded position too; its prefill, a chunked scan, rounds only at the end.
+Source: Dao & Gu 2024, section 6; state-spaces/mamba `selective_state_update`, `causal_conv1d_update`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+
+from declaim.kernels import backend
+from declaim.kernels.activation import SERIAL_ELEMENTS
+from declaim.kernels.norm import MAX_SIZE, rms_norm
+
+_TILE_CHANNELS = 256
+_TILE_DIM = 32
+_LINEAR_FROM = 20.0  # softplus of more than this is its argument, as torch has it
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class StatePlan:
+    """Whose state each row moves on. S sequences, their rows one after the other.
+
+    query_start: int32 [S + 1], each one's first row. slots: int64 [S], where its state lies; -1 is padding of a
+    captured graph, which stores nothing. is_new: bool [S], whether it has no position yet: its state is then zero.
+    """
+
+    query_start: torch.Tensor
+    slots: torch.Tensor
+    is_new: torch.Tensor
+
+
+def causal_conv_reference(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, state: torch.Tensor, plan: StatePlan
+) -> torch.Tensor:
+    """Sequence by sequence: silu(bias + sum over k of weight[k] * x[t - width + 1 + k]) in float32."""
+    out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    for begin, end, slot, is_new in _runs(plan):
+        past = torch.zeros_like(state[0]) if is_new or slot < 0 else state[slot]
+        inputs = torch.cat([past, x[begin:end]])
+        total = bias.float().expand(end - begin, -1)
+        for k in range(len(weight)):
+            total = total + weight[k].float() * inputs[k : k + end - begin].float()
+        out[begin:end] = F.silu(total).to(x.dtype)
+        if slot >= 0:
+            state[slot] = inputs[end - begin :]
+    return out
+
+
+def state_scan_reference(
+    xbc: torch.Tensor,
+    dt: torch.Tensor,
+    decay: torch.Tensor,
+    skip: torch.Tensor,
+    dt_bias: torch.Tensor,
+    state: torch.Tensor,
+    plan: StatePlan,
+) -> torch.Tensor:
+    """Position by position, head by head: S = S exp(dt a) + dt x B^T, y = S C + D x, in float32."""
+    _, num_heads, head_dim, size = state.shape
+    out = xbc.new_empty(len(xbc), num_heads * head_dim)
+    for begin, end, slot, is_new in _runs(plan):
+        matrix = torch.zeros_like(state[0]) if is_new or slot < 0 else state[slot]
+        for t in range(begin, end):
+            x, b, c = xbc[t].float().split([num_heads * head_dim, size, size])
+            x = x.view(num_heads, head_dim)
+            step = F.softplus(dt[t].float() + dt_bias)
+            wide = matrix.float() * torch.exp(step * decay)[:, None, None]
+            wide = wide + x[:, :, None] * (step[:, None] * b)[:, None]
+            out[t] = ((wide * c).sum(-1) + skip[:, None] * x).flatten().to(xbc.dtype)
+            matrix = wide.to(state.dtype)
+        if slot >= 0:
+            state[slot] = matrix
+    return out
+
+
+def gated_rms_norm_reference(y: torch.Tensor, z: torch.Tensor, weight: torch.Tensor, *, eps: float) -> torch.Tensor:
+    """g / sqrt(mean(g^2) + eps) * weight with g = y silu(z), all in float32, then cast."""
+    gated = y.float() * F.silu(z.float())
+    return (gated * torch.rsqrt(gated.pow(2).mean(-1, keepdim=True) + eps) * weight.float()).to(y.dtype)
+
+
+@triton.jit
+def _causal_conv_kernel(
+    x,
+    weight,
+    bias,
+    state,
+    query_start,
+    slots,
+    is_new,
+    out,
+    x_stride,
+    CHANNELS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    TILE: tl.constexpr,
+    TILE_WIDTH: tl.constexpr,
+):
+    """Some channels of all new positions of one sequence, then of its state: the newest WIDTH - 1 inputs."""
+    sequence = tl.program_id(0)
+    column = tl.program_id(1) * TILE + tl.arange(0, TILE)
+    inside = column < CHANNELS
+    begin = tl.load(query_start + sequence)
+    end = tl.load(query_start + sequence + 1)
+    slot = tl.load(slots + sequence)
+    has_past = (slot >= 0) & (tl.load(is_new + sequence) == 0)
+    past = state + tl.maximum(slot, 0) * ((WIDTH - 1) * CHANNELS) + column
+    constant = tl.load(bias + column, mask=inside, other=0.0).to(tl.float32)
+    for position in range(begin, end):
+        row = tl.cast(position, tl.int64)
+        total = constant
+        for k in tl.static_range(WIDTH):
+            source = row - (WIDTH - 1) + k
+            is_past = source < begin
+            new = tl.load(x + source * x_stride + column, mask=inside & (source >= begin), other=0.0)
+            old = tl.load(past + (source - begin + WIDTH - 1) * CHANNELS, mask=inside & is_past & has_past, other=0.0)
+            tap = tl.load(weight + k * CHANNELS + column, mask=inside, other=0.0).to(tl.float32)
+            total += tap * (new.to(tl.float32) + old.to(tl.float32))
+        result = total * tl.sigmoid(total)
+        tl.store(out + row * CHANNELS + column, result.to(out.dtype.element_ty), mask=inside)
+    if slot >= 0:
+        kept = tl.arange(0, TILE_WIDTH)[:, None]
+        source = end - (WIDTH - 1) + kept
+        exists = inside[None] & (kept < WIDTH - 1)
+        is_past = source < begin
+        new = tl.load(x + source.to(tl.int64) * x_stride + column[None], mask=exists & (source >= begin), other=0.0)
+        shifted = past[None] + (source - begin + WIDTH - 1) * CHANNELS
+        old = tl.load(shifted, mask=exists & is_past & has_past, other=0.0)
+        # What is stored first must not be what another thread still reads.
+        tl.debug_barrier()
+        newest = tl.where(is_past, old.to(tl.float32), new.to(tl.float32)).to(state.dtype.element_ty)
+        tl.store(past[None] + kept * CHANNELS, newest, mask=exists)
+
+
+@triton.jit
+def _state_scan_kernel(
+    xbc,
+    dt,
+    decay,
+    skip,
+    dt_bias,
+    state,
+    query_start,
+    slots,
+    is_new,
+    out,
+    xbc_stride,
+    dt_stride,
+    NUM_HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    SIZE: tl.constexpr,
+    TILE_DIM: tl.constexpr,
+    TILE_SIZE: tl.constexpr,
+    LINEAR_FROM: tl.constexpr,
+):
+    """S = S exp(dt a) + dt x B^T, y = S C + D x for some dims of one head, over all new positions of one sequence."""
+    sequence = tl.program_id(0)
+    head = tl.program_id(1)
+    dim = tl.program_id(2) * TILE_DIM + tl.arange(0, TILE_DIM)
+    element = tl.arange(0, TILE_SIZE)
+    inside = (dim < HEAD_DIM)[:, None] & (element < SIZE)[None]
+    begin = tl.load(query_start + sequence)
+    end = tl.load(query_start + sequence + 1)
+    slot = tl.load(slots + sequence)
+    has_past = (slot >= 0) & (tl.load(is_new + sequence) == 0)
+    place = (tl.maximum(slot, 0) * NUM_HEADS + head) * (HEAD_DIM * SIZE)
+    place = state + place + dim[:, None] * SIZE + element[None]
+    matrix = tl.load(place, mask=inside & has_past, other=0.0).to(tl.float32)
+    rate = tl.load(decay + head)
+    through = tl.load(skip + head)
+    shift = tl.load(dt_bias + head)
+    for position in range(begin, end):
+        row = tl.cast(position, tl.int64)
+        raw = tl.load(dt + row * dt_stride + head).to(tl.float32) + shift
+        # log1p(exp(raw)) to the last digits: log(u) e / (u - 1) with u = 1 + e.
+        e = tl.exp(tl.minimum(raw, LINEAR_FROM))
+        u = 1.0 + e
+        smooth = tl.where(u == 1.0, e, tl.log(u) * (e / tl.where(u == 1.0, 1.0, u - 1.0)))
+        step = tl.where(raw > LINEAR_FROM, raw, smooth)
+        inputs = xbc + row * xbc_stride
+        x = tl.load(inputs + head * HEAD_DIM + dim, mask=dim < HEAD_DIM, other=0.0).to(tl.float32)
+        b = tl.load(inputs + NUM_HEADS * HEAD_DIM + element, mask=element < SIZE, other=0.0).to(tl.float32)
+        c = tl.load(inputs + NUM_HEADS * HEAD_DIM + SIZE + element, mask=element < SIZE, other=0.0).to(tl.float32)
+        matrix = matrix * tl.exp(step * rate) + x[:, None] * (step * b)[None]
+        y = tl.sum(matrix * c[None], 1) + through * x
+        to = out + row * (NUM_HEADS * HEAD_DIM) + head * HEAD_DIM + dim
+        tl.store(to, y.to(out.dtype.element_ty), mask=dim < HEAD_DIM)
+        matrix = matrix.to(state.dtype.element_ty).to(tl.float32)
+    if slot >= 0:
+        tl.store(place, matrix.to(state.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _gated_rms_norm_kernel(y, z, weight, out, y_stride, z_stride, eps, SIZE: tl.constexpr, TILE: tl.constexpr):
+    """One row: g / sqrt(mean(g^2) + eps) * weight with g = y silu(z)."""
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, TILE)
+    inside = column < SIZE
+    gate = tl.load(z + row * z_stride + column, mask=inside, other=0.0).to(tl.float32)
+    values = tl.load(y + row * y_stride + column, mask=inside, other=0.0).to(tl.float32) * gate * tl.sigmoid(gate)
+    scale = tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
+    result = values * tl.rsqrt(tl.sum(values * values, 0) / SIZE + eps) * scale
+    tl.store(out + row * SIZE + column, result.to(out.dtype.element_ty), mask=inside)
+
+
+def causal_conv(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, state: torch.Tensor, plan: StatePlan
+) -> torch.Tensor:
+    """Depthwise causal convolution and silu of new positions; `state` keeps each sequence's newest inputs, in place.
+
+    x: [N, C], the elements of a row side by side; weight: [width, C], the newest input's tap last; bias: [C];
+    state: [slots, width - 1, C], oldest first, in the dtype of x -> [N, C] contiguous, in the dtype of x.
+    A row depends on its own sequence alone, to the last bit.
+    Raises: ValueError for shapes, strides or dtypes that do not fit.
+    """
+    width, channels = weight.shape
+    is_read = x.dim() == 2 and x.shape[1] == channels and x.stride(1) == 1
+    if not is_read or state.shape[1:] != (width - 1, channels) or state.dtype != x.dtype or not state.is_contiguous():
+        raise ValueError(
+            f"inputs {tuple(x.shape)} {x.dtype}, strides {x.stride()}, state {tuple(state.shape)} {state.dtype} and"
+            f" taps {tuple(weight.shape)} do not fit: rows of {channels} side by side, and a contiguous state"
+            f" [slots, {width - 1}, {channels}] of their dtype"
+        )
+    if not backend.use_triton(x):
+        return _causal_conv_cpu(x, weight, bias, state, plan)
+    out = torch.empty(len(x), channels, dtype=x.dtype, device=x.device)
+    backend.launch(
+        _causal_conv_kernel,
+        (len(plan.slots), triton.cdiv(channels, _TILE_CHANNELS)),
+        {
+            "x": x,
+            "weight": weight,
+            "bias": bias,
+            "state": state,
+            "query_start": plan.query_start,
+            "slots": plan.slots,
+            "is_new": plan.is_new,
+            "out": out,
+            "x_stride": x.stride(0),
+        },
+        {
+            "CHANNELS": channels,
+            "WIDTH": width,
+            "TILE": _TILE_CHANNELS,
+            "TILE_WIDTH": triton.next_power_of_2(width - 1),
+        },
+        warps=2,
+        stages=1,
+    )
+    return out
+
+
+def state_scan(
+    xbc: torch.Tensor,
+    dt: torch.Tensor,
+    decay: torch.Tensor,
+    skip: torch.Tensor,
+    dt_bias: torch.Tensor,
+    state: torch.Tensor,
+    plan: StatePlan,
+) -> torch.Tensor:
+    """Move each sequence's state over its new positions, in place.
+
+    xbc: [N, heads * D + 2 * size], [x | B | C]; dt: [N, heads] before bias and softplus; the elements of their rows
+    side by side. decay (negative), skip, dt_bias: float32 [heads]; state: [slots, heads, D, size], contiguous.
+    Returns y [N, heads * D] in the dtype of xbc. A row depends on its own sequence alone, to the last bit, and the
+    state is rounded to its dtype after every position.
+    Raises: ValueError for shapes, strides or dtypes that do not fit.
+    Source: Dao & Gu 2024, equation 1 with a scalar times identity.
+    """
+    _, num_heads, head_dim, size = state.shape
+    fits = xbc.shape[1] == num_heads * head_dim + 2 * size and dt.shape == (len(xbc), num_heads)
+    if not fits or xbc.stride(1) != 1 or dt.stride(1) != 1 or not state.is_contiguous():
+        raise ValueError(
+            f"[x | B | C] {tuple(xbc.shape)}, dt {tuple(dt.shape)} and state {tuple(state.shape)} do not fit:"
+            " [N, heads * D + 2 * size], [N, heads] and a contiguous [slots, heads, D, size]"
+        )
+    for vector in (decay, skip, dt_bias):
+        if vector.shape != (num_heads,) or vector.dtype != torch.float32:
+            raise ValueError(f"decay, skip and dt_bias are float32 [{num_heads}], not {vector.dtype} {vector.shape}")
+    if not backend.use_triton(xbc):
+        return _state_scan_cpu(xbc, dt, decay, skip, dt_bias, state, plan)
+    out = torch.empty(len(xbc), num_heads * head_dim, dtype=xbc.dtype, device=xbc.device)
+    tile_dim = min(_TILE_DIM, triton.next_power_of_2(head_dim))
+    backend.launch(
+        _state_scan_kernel,
+        (len(plan.slots), num_heads, triton.cdiv(head_dim, tile_dim)),
+        {
+            "xbc": xbc,
+            "dt": dt,
+            "decay": decay,
+            "skip": skip,
+            "dt_bias": dt_bias,
+            "state": state,
+            "query_start": plan.query_start,
+            "slots": plan.slots,
+            "is_new": plan.is_new,
+            "out": out,
+            "xbc_stride": xbc.stride(0),
+            "dt_stride": dt.stride(0),
+        },
+        {
+            "NUM_HEADS": num_heads,
+            "HEAD_DIM": head_dim,
+            "SIZE": size,
+            "TILE_DIM": tile_dim,
+            "TILE_SIZE": triton.next_power_of_2(size),
+            "LINEAR_FROM": _LINEAR_FROM,
+        },
+        warps=4,
+        stages=1,
+    )
+    return out
+
+
+def gated_rms_norm(y: torch.Tensor, z: torch.Tensor, weight: torch.Tensor, *, eps: float) -> torch.Tensor:
+    """Root-mean-square norm of y silu(z).
+
+    y, z: [N, C], the elements of a row side by side; weight: [C] -> [N, C] in the dtype of y. Each row depends on
+    itself alone, to the last bit. Raises: ValueError for shapes or strides that do not fit.
+    Source: state-spaces/mamba `RMSNormGated` with norm_before_gate=False.
+    """
+    size = y.shape[1]
+    if y.shape != z.shape or weight.shape != (size,) or y.stride(1) != 1 or z.stride(1) != 1 or size > MAX_SIZE:
+        raise ValueError(
+            f"y {tuple(y.shape)}, z {tuple(z.shape)} and weight {tuple(weight.shape)} do not fit: [N, C], [N, C] and"
+            f" [C] with C <= {MAX_SIZE}, rows side by side"
+        )
+    if not backend.use_triton(y):
+        gated = y.float() * _by_rows(F.silu, z.float())
+        return rms_norm(gated, weight.float(), eps=eps).to(y.dtype)
+    out = torch.empty(len(y), size, dtype=y.dtype, device=y.device)
+    tile = triton.next_power_of_2(size)
+    backend.launch(
+        _gated_rms_norm_kernel,
+        (len(y),),
+        {
+            "y": y,
+            "z": z,
+            "weight": weight,
+            "out": out,
+            "y_stride": y.stride(0),
+            "z_stride": z.stride(0),
+            "eps": eps,
+        },
+        {"SIZE": size, "TILE": tile},
+        warps=min(8, max(1, tile // 512)),
+        stages=1,
+    )
+    return out
+
+
+def _runs(plan: StatePlan) -> list[tuple[int, int, int, bool]]:
+    """First row, last row (exclusive), slot, and whether it is new, of each sequence."""
+    starts = plan.query_start.tolist()
+    return list(zip(starts, starts[1:], plan.slots.tolist(), plan.is_new.tolist(), strict=False))
+
+
+def _by_rows(function: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+    """An elementwise function whose last digits depend on an element's place: in each row [C] of x the same places.
+
+    torch computes the elements that do not fill a vector register by another exp. Rows that lie apart are not run into
+    one another, and few enough elements are not cut between threads.
+    """
+    num_rows, size = x.shape
+    apart = x.new_empty(num_rows, size + 1)[:, :size].copy_(x)
+    tile_rows = max(1, SERIAL_ELEMENTS // size)
+    if num_rows <= tile_rows:
+        return function(apart)
+    return torch.cat([function(apart[i : i + tile_rows]) for i in range(0, num_rows, tile_rows)])
+
+
+def _past(state: torch.Tensor, plan: StatePlan) -> torch.Tensor:
+    """A copy of each sequence's state, zero for new ones, float32 [S, ...]."""
+    past = state[plan.slots].float()
+    past[plan.is_new] = 0.0
+    return past
+
+
+def _causal_conv_cpu(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, state: torch.Tensor, plan: StatePlan
+) -> torch.Tensor:
+    past, taps, wide = _past(state, plan), weight.float(), x.float()
+    if len(plan.slots) == len(x):  # one position each
+        inputs = torch.cat([past, wide[:, None]], dim=1)
+        total = bias.float() + taps[0] * inputs[:, 0]
+        for k in range(1, len(taps)):
+            total = total + taps[k] * inputs[:, k]
+        state[plan.slots] = inputs[:, 1:].to(state.dtype)
+    else:
+        parts = []
+        for i, (begin, end, slot, _) in enumerate(_runs(plan)):
+            inputs, count = torch.cat([past[i], wide[begin:end]]), end - begin
+            total = bias.float() + taps[0] * inputs[:count]
+            for k in range(1, len(taps)):
+                total = total + taps[k] * inputs[k : k + count]
+            parts.append(total)
+            state[slot] = inputs[count:].to(state.dtype)
+        total = torch.cat(parts)
+    return _by_rows(F.silu, total).to(x.dtype)
+
+
+def _state_scan_cpu(
+    xbc: torch.Tensor,
+    dt: torch.Tensor,
+    decay: torch.Tensor,
+    skip: torch.Tensor,
+    dt_bias: torch.Tensor,
+    state: torch.Tensor,
+    plan: StatePlan,
+) -> torch.Tensor:
+    """All sequences' first new positions together, then all second ones, and so on."""
+    _, num_heads, head_dim, size = state.shape
+    x, b, c = xbc.float().split([num_heads * head_dim, size, size], dim=1)
+    x = x.view(len(xbc), num_heads, head_dim)
+    step = _by_rows(F.softplus, dt.float() + dt_bias)
+    kept = _by_rows(torch.exp, step * decay)
+    gain = step[:, :, None] * b[:, None]
+    matrices = _past(state, plan)
+    out = torch.empty_like(x)
+    starts = plan.query_start.long()
+    counts = starts.diff()
+    for i in range(int(counts.max())):
+        active = (counts > i).nonzero().flatten()
+        rows = starts[active] + i
+        moved = matrices[active] * kept[rows][:, :, None, None]
+        moved += x[rows][:, :, :, None] * gain[rows][:, :, None]
+        out[rows] = (moved * c[rows][:, None, None]).sum(-1) + skip[:, None] * x[rows]
+        matrices[active] = moved.to(state.dtype).float()
+    state[plan.slots] = matrices.to(state.dtype)
+    return out.flatten(1).to(xbc.dtype)
