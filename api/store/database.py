@@ -7,6 +7,7 @@ file, one module for each owner. Synchronous: call it from a worker thread, neve
 from __future__ import annotations
 
 import fcntl
+import logging
 import os
 import sqlite3
 import time
@@ -21,10 +22,13 @@ from alembic.config import Config
 from alembic.migration import MigrationContext
 from alembic.script import ScriptDirectory
 from sqlalchemy import event, orm
+from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.engine.interfaces import DBAPIConnection
 from sqlalchemy.pool import ConnectionPoolEntry
 
-from declaim.engine.errors import EngineError, InvalidConfig
+from declaim.engine.errors import InvalidConfig, Overloaded
+
+logger = logging.getLogger(__name__)
 
 _MIGRATIONS = "declaim.api.store:migrations"
 # Any constant will do, as long as nobody else's program on the same PostgreSQL takes it.
@@ -39,8 +43,15 @@ class Base(orm.DeclarativeBase):
     type_annotation_map = {float: sa.Double, int: sa.BigInteger, bytes: sa.LargeBinary}
 
 
-class StoreUnavailable(EngineError):
-    """The database cannot be reached, or did not answer in time."""
+class StoreUnavailable(Overloaded):
+    """The database cannot be reached, or did not answer in time; the same request may do in a moment.
+
+    Its message may be shown to clients. detail: what is wrong, for the operator alone.
+    """
+
+    def __init__(self, detail: str) -> None:
+        super().__init__("the server's database does not answer: try again in a moment", retry_after_s=1.0)
+        self.detail = detail
 
 
 def default_url() -> str:
@@ -101,6 +112,12 @@ class Database:
         if self._clock is not None:
             return sa.literal(self._clock(), sa.Double)
         return sa.cast(sa.extract("epoch", sa.func.clock_timestamp()), sa.Double)
+
+    def insert_if_absent(self, table: type[Base]) -> sqlite.Insert | postgresql.Insert:
+        """An INSERT that leaves rows alone whose primary key is there already: it can be run again."""
+        if self.is_sqlite:
+            return sqlite.insert(table).on_conflict_do_nothing()
+        return postgresql.insert(table).on_conflict_do_nothing()
 
     def migrate(self) -> None:
         """Bring the schema up to date. Any number of processes may call this at once: one migrates, the others wait.
@@ -204,6 +221,6 @@ def _tells_unavailable(database: Database) -> Iterator[None]:
     except (sa.exc.OperationalError, sa.exc.InterfaceError, sa.exc.TimeoutError) as error:
         cause = error.orig if isinstance(error, sa.exc.DBAPIError) else error
         reason = " ".join(str(cause).split())
-        raise StoreUnavailable(
-            f"the database {database} cannot be used ({reason}): check that it runs and that its URL is right"
-        ) from error
+        detail = f"the database {database} cannot be used ({reason}): check that it runs and that its URL is right"
+        logger.warning("%s", detail)
+        raise StoreUnavailable(detail) from error

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import re
 import secrets
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import sqlalchemy as sa
@@ -21,6 +22,10 @@ from declaim.engine.request import Tier
 KEY_PATTERN = re.compile(r"sk-[A-Za-z0-9_-]{43}")
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}")
 _SHOWN_CHARS = 10
+_TIERS: Mapping[str, Tier] = {"priority": "priority", "default": "default", "flex": "flex"}
+_LIMITS = ("requests_per_minute", "chars_per_minute", "max_streams", "chars_per_month")
+_MAX_LIMIT = 10**12
+_MIN_WEIGHT, _MAX_WEIGHT = 0.01, 1000.0
 
 
 class Tenant(Base):
@@ -37,19 +42,26 @@ class Tenant(Base):
     weight: orm.Mapped[float]
     tiers: orm.Mapped[str]  # names joined by commas
 
+    # A row written by hand must not be able to stop a server.
+    __table_args__ = (
+        *(sa.CheckConstraint(f"{name} BETWEEN 1 AND {_MAX_LIMIT}", name=f"tenants_{name}") for name in _LIMITS),
+        sa.CheckConstraint(f"weight BETWEEN {_MIN_WEIGHT} AND {_MAX_WEIGHT}", name="tenants_weight"),
+    )
+
 
 class TenantMeter(Base):
-    """Where a tenant stands within its limits.
+    """Where a tenant stood within its limits at metered_at.
 
-    requests_full_at, chars_full_at: when each bucket will be full again; in the past when it is. month: "2026-08" in
-    UTC, the month that month_chars were spent in.
+    requests_left, chars_left: what was in each bucket; None is full. month: "2026-08" in UTC, when month_chars were
+    spent.
     """
 
     __tablename__ = "tenant_meters"
 
     tenant_id: orm.Mapped[str] = orm.mapped_column(sa.ForeignKey("tenants.id", ondelete="CASCADE"), primary_key=True)
-    requests_full_at: orm.Mapped[float] = orm.mapped_column(default=0.0)
-    chars_full_at: orm.Mapped[float] = orm.mapped_column(default=0.0)
+    metered_at: orm.Mapped[float] = orm.mapped_column(default=0.0)
+    requests_left: orm.Mapped[float | None]
+    chars_left: orm.Mapped[float | None]
     month: orm.Mapped[str] = orm.mapped_column(default="")
     month_chars: orm.Mapped[int] = orm.mapped_column(default=0)
 
@@ -97,18 +109,13 @@ class Limits:
     tiers: tuple[Tier, ...] = ("default", "flex")
 
     def __post_init__(self) -> None:
-        for name in ("requests_per_minute", "chars_per_minute", "max_streams", "chars_per_month"):
+        for name in _LIMITS:
             value = getattr(self, name)
-            if value is not None and not 1 <= value <= 10**12:
+            if value is not None and not 1 <= value <= _MAX_LIMIT:
                 raise InvalidRequest(f"{name} is {value}: give 1 to 10^12, or none for no limit", param=name)
-        if not 0.01 <= self.weight <= 1000.0:
+        if not _MIN_WEIGHT <= self.weight <= _MAX_WEIGHT:
             raise InvalidRequest(
                 f"weight is {self.weight:g}: give 0.01 to 1000; 1 is one tenant's share", param="weight"
-            )
-        unknown = set(self.tiers) - {"priority", "default", "flex"}
-        if unknown or not self.tiers:
-            raise InvalidRequest(
-                f"tiers is {','.join(self.tiers)!r}: give some of priority, default, flex", param="tiers"
             )
 
 
@@ -125,18 +132,17 @@ def limits_of(tenant: Tenant) -> Limits:
         max_streams=tenant.max_streams,
         chars_per_month=tenant.chars_per_month,
         weight=tenant.weight,
-        tiers=parse_tiers(tenant.tiers),
+        tiers=tuple(_TIERS[name] for name in tenant.tiers.split(",") if name in _TIERS),
     )
 
 
 def parse_tiers(names: str) -> tuple[Tier, ...]:
-    """Names joined by commas. Raises: InvalidRequest."""
-    known: dict[str, Tier] = {"priority": "priority", "default": "default", "flex": "flex"}
+    """Names joined by commas. Raises: InvalidRequest for one that is unknown, and for none."""
     found = [name.strip() for name in names.split(",") if name.strip()]
-    for name in found:
-        if name not in known:
-            raise InvalidRequest(f"{name!r} is not a tier: give some of {', '.join(known)}", param="tiers")
-    return tuple(known[name] for name in dict.fromkeys(found))
+    unknown = [name for name in found if name not in _TIERS]
+    if unknown or not found:
+        raise InvalidRequest(f"tiers is {names!r}: give some of {','.join(_TIERS)}", param="tiers")
+    return tuple(_TIERS[name] for name in dict.fromkeys(found))
 
 
 def set_tenant(session: orm.Session, tenant_id: str, limits: Limits, *, now: float) -> Tenant:

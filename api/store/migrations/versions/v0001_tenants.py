@@ -22,12 +22,18 @@ def upgrade() -> None:
         sa.Column("chars_per_month", sa.BigInteger),
         sa.Column("weight", sa.Double, nullable=False),
         sa.Column("tiers", sa.String, nullable=False),
+        *(
+            sa.CheckConstraint(f"{name} BETWEEN 1 AND 1000000000000", name=f"tenants_{name}")
+            for name in ("requests_per_minute", "chars_per_minute", "max_streams", "chars_per_month")
+        ),
+        sa.CheckConstraint("weight BETWEEN 0.01 AND 1000.0", name="tenants_weight"),
     )
     op.create_table(
         "tenant_meters",
         sa.Column("tenant_id", sa.String, sa.ForeignKey("tenants.id", ondelete="CASCADE"), primary_key=True),
-        sa.Column("requests_full_at", sa.Double, nullable=False),
-        sa.Column("chars_full_at", sa.Double, nullable=False),
+        sa.Column("metered_at", sa.Double, nullable=False),
+        sa.Column("requests_left", sa.Double),
+        sa.Column("chars_left", sa.Double),
         sa.Column("month", sa.String, nullable=False),
         sa.Column("month_chars", sa.BigInteger, nullable=False),
     )
