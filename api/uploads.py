@@ -177,7 +177,7 @@ def _read_with_ffmpeg(data: bytes, format: str) -> tuple[NDArray[np.float32], in
                 # Beyond the limit already: the rest is not decoded, whatever its size.
                 if num_samples > (MAX_REFERENCE_S + 1.0) * rate:
                     break
-    except (av.FFmpegError, ValueError) as error:
+    except (av.error.FFmpegError, ValueError) as error:
         raise InvalidRequest(f"the recording ({len(data)} bytes) cannot be decoded: {error}") from error
     return (np.concatenate(pieces) if pieces else np.zeros(0, np.float32)), rate
 
