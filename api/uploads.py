@@ -160,6 +160,7 @@ def container_of(data: bytes) -> str | None:
 def _read_with_ffmpeg(data: bytes, format: str) -> tuple[NDArray[np.float32], int]:
     """The first audio stream, mono. The format is given and not probed: a playlist would make FFmpeg open URLs."""
     import av
+    import av.error
 
     pieces: list[NDArray[np.float32]] = []
     num_samples = 0
