@@ -230,6 +230,7 @@ class ModelSpec:
     supports_speed: bool
     supports_voice_prompt: bool
     voices: tuple[str, ...] = ()  # the model's own, by name; the first is the default
+    supports_dialogue: bool = False  # [S1] and [S2] in the text switch speakers
     controls: Mapping[str, ControlSpec] = field(default_factory=dict)
     # Words of instructions, such as "slowly", and the controls they set.
     instructions: Mapping[str, Mapping[str, tuple[float, ...]]] = field(default_factory=dict)
