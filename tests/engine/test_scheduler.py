@@ -448,10 +448,22 @@ def assert_the_most_urgent_moves(driver: Driver, *, now: float) -> None:
     is_anybody_there = driver.scheduler.num_running + driver.scheduler.num_waiting > 0
     batch = driver.step(now)
     assert bool(batch.entries) == is_anybody_there
-    running = [*driver.scheduler._running, *(entry.sequence for entry in batch.entries)]
+    admitted = [sequence for sequence in driver.scheduler.sequences() if sequence.is_admitted]
+    running = {id(sequence): sequence for sequence in (*admitted, *(entry.sequence for entry in batch.entries))}
     if batch.entries:
-        most_urgent = min(running, key=lambda sequence: driver.scheduler._rank(sequence, now))
+        most_urgent = min(running.values(), key=lambda sequence: rank(sequence, now, max_lead_s=8.0))
         assert batch.entries[0].sequence is most_urgent
+
+
+def rank(sequence: Sequence, now: float, *, max_lead_s: float) -> tuple[int, float, float, int]:
+    """The order among one tenant's sequences, said again without memory of earlier steps."""
+    playback, given = sequence.playback, sequence.given
+    if not playback.paced:
+        return (2, given.arrived_at, given.segment, given.sequence_id)
+    if playback.first_audio_at is None and given.segment == playback.segment:
+        return (0, given.arrived_at, given.segment, given.sequence_id)
+    slack_s = playback.lead_s(now) + 2.0 * (given.segment - playback.segment)
+    return (3 if slack_s > max_lead_s else 1, slack_s, given.segment, given.sequence_id)
 
 
 def test_a_cancelled_sequence_frees_its_blocks_wherever_it_is() -> None:

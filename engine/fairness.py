@@ -1,0 +1,56 @@
+"""Weighted fair shares of the step's places between tenants. Numbers only: it knows neither sequences nor blocks.
+
+Start-time fair queueing (Goyal, Vin, Cheng: "Start-time Fair Queuing", SIGCOMM 1996), with a batch of places instead
+of one link. A tenant's virtual time is what it has been given, divided by its weight; the next place goes to the
+tenant whose virtual time is least. Time counts only while somebody has to wait: where everybody runs there is nothing
+to share, and what was used then is not held against anybody later. Who wanted less than its share, or nothing, starts
+again at the present and not in the past, so idling earns no credit.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Iterable, Iterator, Mapping
+from typing import TypeVar
+
+T = TypeVar("T")
+
+
+class FairShares:
+    """The virtual times of the tenants that compete with each other."""
+
+    def __init__(self) -> None:
+        self._now = 0.0  # the least virtual time of those who have to wait
+        self._times: dict[str, float] = {}  # of tenants that are ahead of `_now`
+
+    def time(self, tenant: str) -> float:
+        """When the tenant's next place would start, in virtual time."""
+        return max(self._times.get(tenant, 0.0), self._now)
+
+    def charge(self, tenant: str, weight: float) -> None:
+        """Count one place for one step."""
+        self._times[tenant] = self.time(tenant) + 1.0 / weight
+
+    def in_turn(self, queues: Mapping[str, Iterable[T]]) -> Iterator[T]:
+        """What the tenants' queues hold, each queue in its order, next always from the tenant with the least time.
+
+        The caller charges what it takes before it asks for the next; what it leaves costs nothing.
+        """
+        heap = [(self.time(tenant), tenant, iter(queue)) for tenant, queue in queues.items()]
+        heapq.heapify(heap)
+        while heap:
+            _, tenant, queue = heap[0]
+            for item in queue:
+                yield item
+                heapq.heapreplace(heap, (self.time(tenant), tenant, queue))
+                break
+            else:
+                heapq.heappop(heap)
+
+    def settle(self, waiting: Iterable[str]) -> None:
+        """End a step. waiting: the tenants that wanted more than they were given."""
+        self._now = min((self.time(tenant) for tenant in waiting), default=0.0)
+        if self._now == 0.0:
+            self._times.clear()
+            return
+        self._times = {tenant: time for tenant, time in self._times.items() if time > self._now}
