@@ -505,19 +505,20 @@ def test_a_sequence_that_can_never_fit_is_refused_with_the_numbers_and_the_remed
         scheduler.check_fits(make_sequence(0, num_frames=1, num_branches=3))
 
 
-def test_scheduling_256_running_sequences_takes_about_half_a_millisecond() -> None:
-    """0.5 ms here, 2 us a sequence; the bound is four times that, for a busy machine."""
+@pytest.mark.parametrize("num_running", [256, 512])
+def test_scheduling_256_of_the_running_sequences_takes_less_than_a_tenth_of_a_millisecond(num_running: int) -> None:
+    """50 us if all run and 90 if half have to wait, on a busy machine; before ranks were kept it was 700 and more."""
     scheduler = make_scheduler(100_000, max_batch=256, max_step_positions=512, max_lead_s=1000.0)
     driver = Driver.of(scheduler)
-    for i in range(256):
+    for i in range(num_running):
         scheduler.add(make_sequence(i, num_frames=5000, playback=listener(float(i % 7))))
     driver.step()
     times = []
-    for _ in range(40):
+    for _ in range(60):
         begin = time.perf_counter()
         batch = scheduler.schedule(1.0)
         times.append(time.perf_counter() - begin)
         assert len(batch.entries) == 256
         scheduler.launch(batch)
         scheduler.commit(batch, {entry.sequence.sequence_id: DRAWN for entry in batch.entries})
-    assert min(times) < 2e-3, times
+    assert min(times) < 3e-4, times
