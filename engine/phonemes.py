@@ -309,6 +309,7 @@ class Phonemizer:
     letter_to_sound: LetterToSound
     symbol_of_phone: Mapping[str, str]
     symbol_of_word: Mapping[str, str]
+    weak_words: frozenset[str]  # said without their stress, except before a pause
     byte_of_symbol: Mapping[str, int]
     speaker_byte: int
     end_byte: int
@@ -329,6 +330,7 @@ class Phonemizer:
             bytes_ = {str(symbol): int(value) + offset for symbol, value in table["alphabet"].items()}
             phones = _phone_symbols(table["arpabet"], table["special"], table["stress"])
             words = {str(word): str(symbols) for word, symbols in table["words"].items()}
+            weak = frozenset(str(word) for word in table.get("weak", ()))
             speaker, end = int(table["speaker_byte"]), int(table["end_byte"])
         except (OSError, KeyError, ValueError, TypeError, AttributeError) as error:
             raise ModelLoadError(f"{path}: no usable front end ({error}); reinstall declaim") from error
@@ -342,6 +344,7 @@ class Phonemizer:
             letter_to_sound=LetterToSound.load(folder / LETTER_TO_SOUND_FILE),
             symbol_of_phone=phones,
             symbol_of_word=words,
+            weak_words=weak,
             byte_of_symbol=bytes_,
             speaker_byte=speaker,
             end_byte=end,
@@ -362,7 +365,9 @@ class Phonemizer:
         previous = ""
         for i, token in enumerate(tokens):
             if words[i]:
-                pieces.append(self._say(words, i, previous))
+                said = self._say(words, i, previous)
+                weak = words[i].lower() in self.weak_words and _goes_on(tokens, i)
+                pieces.append(said.replace("ˈ", "") if weak else said)
                 previous = token.lower()
             elif token in ".,!?;:—":
                 pieces.append(token)
@@ -473,6 +478,11 @@ def _latin(text: str) -> str:
         return text
     spelt = "".join(_SPELT_LATIN.get(character, character) for character in text)
     return "".join(c for c in unicodedata.normalize("NFKD", spelt) if not unicodedata.combining(c))
+
+
+def _goes_on(tokens: list[str], i: int) -> bool:
+    """Whether a word follows token i without a pause."""
+    return i + 2 < len(tokens) and tokens[i + 1].isspace() and tokens[i + 2][0].isalpha()
 
 
 def _is_letter_name(words: list[str], i: int) -> bool:

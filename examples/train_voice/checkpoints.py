@@ -1,0 +1,57 @@
+"""Checkpoints that a cut-off run goes on from, and the log of its losses."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from pause import wait_while_paused
+
+SAVE_EVERY_S = 60.0
+
+
+class Run:
+    """Where a training run stands: its step, its log, and when it was last saved.
+
+    state: everything with a `state_dict` that the run needs to go on.
+    """
+
+    def __init__(self, folder: Path, name: str, state: Mapping[str, torch.nn.Module | torch.optim.Optimizer]) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self._path, self.log_path = folder / f"{name}.pt", folder / f"{name}.jsonl"
+        self._state = dict(state)
+        self.step = 0
+        if self._path.exists():
+            stored = torch.load(self._path, weights_only=True)
+            self.step = int(stored["step"])
+            for part, values in self._state.items():
+                values.load_state_dict(stored[part])
+        self._saved = self._spoke = time.monotonic()
+        self._began, self._first = self._saved, self.step
+
+    def save(self) -> None:
+        """Whole or not at all: written beside the old one, then renamed."""
+        partial = self._path.with_suffix(".partial")
+        torch.save({"step": self.step} | {part: values.state_dict() for part, values in self._state.items()}, partial)
+        os.replace(partial, self._path)
+        self._saved = time.monotonic()
+
+    def finish_step(self, losses: Mapping[str, float], *, total: int) -> None:
+        """Count a step, log it, print a line now and then, save once a minute, and give way where asked to."""
+        self.step += 1
+        with self.log_path.open("a") as file:
+            file.write(json.dumps({"step": self.step, "time": round(time.time(), 1)} | dict(losses)) + "\n")
+        now = time.monotonic()
+        if now - self._spoke > 10 or self.step == total:
+            self._spoke = now
+            each = (now - self._began) / (self.step - self._first)
+            left = each * (total - self.step) / 60
+            shown = " ".join(f"{name} {value:.3f}" for name, value in losses.items())
+            print(f"step {self.step}/{total} {each:.2f} s a step, {left:.0f} min left: {shown}", flush=True)
+        if now - self._saved > SAVE_EVERY_S or self.step == total:
+            self.save()
+        wait_while_paused()

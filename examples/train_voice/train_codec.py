@@ -1,0 +1,203 @@
+"""Train the codec: from nothing, or its decoder alone on codes that stay as they are."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from checkpoints import Run
+from codec import Codec, CodecShape, k_means
+from data import Utterance, read_shard, shuffled
+from encode import codes_path, read_codes
+from losses import SpectralLoss, discriminator_loss, discriminators, generator_loss
+
+REVIVE_EVERY = 50  # steps over which a codebook's row must be chosen at least once
+
+
+@dataclass(frozen=True, slots=True)
+class CodecSettings:
+    """steps: of the optimizer. batch: windows of `window` frames. init: a codec's folder; its codes are kept."""
+
+    steps: int
+    batch: int = 8
+    window: int = 40
+    adversarial_from: int = 50
+    peak_learning_rate: float = 4e-4
+    init: Path | None = None
+    shape: CodecShape = CodecShape()
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Window:
+    """audio: float32 [B, W * hop]; codes: int64 [B, W, Q] or None; heard: float32 [B, W * hop], where it counts."""
+
+    audio: torch.Tensor
+    codes: torch.Tensor | None
+    heard: torch.Tensor
+
+
+def train_codec(shards: Path, codes: Path | None, work: Path, settings: CodecSettings) -> Codec:
+    """Train to the end, from the last checkpoint in `work` where there is one. codes: as `encode` left them."""
+    torch.manual_seed(1)
+    codec = Codec.load(settings.init) if settings.init else Codec(settings.shape)
+    codec.decoder.clear_future()
+    average = Codec(codec.shape)
+    average.load_state_dict(codec.state_dict())
+    judges, spectral = discriminators(), SpectralLoss(codec.shape.sampling_rate)
+    trained = list(codec.decoder.parameters() if settings.init else codec.parameters())
+    optimizer = torch.optim.AdamW(trained, betas=(0.8, 0.99), weight_decay=1e-3)
+    judge_optimizer = torch.optim.AdamW(judges.parameters(), lr=4e-4, betas=(0.8, 0.99))
+    run = Run(
+        work,
+        "codec",
+        {"codec": codec, "average": average, "judges": judges, "optimizer": optimizer, "judge": judge_optimizer},
+    )
+    windows = _windows(shards, codes, codec.shape, settings, seed=run.step)
+    if run.step == 0 and not settings.init:
+        _start_codebooks(codec, windows)
+    used = torch.zeros(codec.shape.num_codebooks, codec.shape.codebook_size, dtype=torch.bool)
+    while run.step < settings.steps:
+        rate = learning_rate(run.step, settings.steps, settings.peak_learning_rate)
+        optimizer.param_groups[0]["lr"] = rate
+        window = next(windows)
+        losses: dict[str, float] = {}
+        if window.codes is not None:
+            with torch.no_grad():
+                z = codec.vectors(window.codes)
+            extra = z.new_zeros(())
+        else:
+            quantized = codec.quantize(codec.encoder(codec.log_mel(window.audio)))
+            z, extra = quantized.z, quantized.loss
+            for k in range(codec.shape.num_codebooks):
+                used[k][quantized.codes[..., k].flatten()] = True
+            losses["perplexity"] = perplexity(quantized.codes[..., 0], codec.shape.codebook_size)
+            if run.step % REVIVE_EVERY == REVIVE_EVERY - 1:
+                losses["revived"] = codec.revive(quantized.projected, used)
+                used.zero_()
+        made, real = codec.decoder(z) * window.heard, window.audio * window.heard
+        spectrum = spectral(made, real)
+        loss = 10 * spectrum + extra
+        losses["spectrum"] = spectrum.item()
+        if run.step >= settings.adversarial_from:
+            judged = slice(0, max(1, settings.batch // 2))
+            loss = loss + _adversarial(
+                judges, judge_optimizer, made[judged], real[judged], losses, draw=random.Random(run.step)
+            )
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        losses["norm"] = float(torch.nn.utils.clip_grad_norm_(trained, 20.0))
+        optimizer.step()
+        codec.decoder.clear_future()
+        _follow(average, codec, run.step)
+        run.finish_step(losses, total=settings.steps)
+    average.save(work / "codec")
+    return average
+
+
+def _adversarial(
+    judges: torch.nn.ModuleDict,
+    optimizer: torch.optim.Optimizer,
+    made: torch.Tensor,
+    real: torch.Tensor,
+    losses: dict[str, float],
+    *,
+    draw: random.Random,
+) -> torch.Tensor:
+    """Train one discriminator of each kind, drawn at random, and return what they say to the decoder."""
+    chosen = [judges[kind][draw.randrange(len(judges[kind]))] for kind in ("period", "band")]
+    expected = [judge(real) for judge in chosen]
+    judged = torch.stack(
+        [discriminator_loss(features, judge(made.detach())) for features, judge in zip(expected, chosen, strict=True)]
+    ).sum()
+    optimizer.zero_grad(set_to_none=True)
+    judged.backward()
+    optimizer.step()
+    losses["judge"] = judged.item()
+    total = made.new_zeros(())
+    for features, judge in zip(expected, chosen, strict=True):
+        judge.requires_grad_(False)
+        verdict, distance = generator_loss(features, judge(made))
+        judge.requires_grad_(True)
+        losses["fooled"] = losses.get("fooled", 0.0) + verdict.item()
+        losses["features"] = losses.get("features", 0.0) + distance.item()
+        total = total + verdict + 2 * distance
+    return total
+
+
+def learning_rate(step: int, steps: int, peak: float) -> float:
+    """Linear over the first fiftieth, then half a cosine down to a fiftieth of the peak."""
+    warm = max(1, steps // 50)
+    if step < warm:
+        return peak * (step + 1) / warm
+    return peak * (0.02 + 0.98 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm))) / 2)
+
+
+@torch.no_grad()
+def _follow(average: torch.nn.Module, model: torch.nn.Module, step: int) -> None:
+    """Exponential moving average over the last few hundred steps."""
+    decay = min(0.995, (1 + step) / (10 + step))
+    for kept, now in zip(average.state_dict().values(), model.state_dict().values(), strict=True):
+        kept.lerp_(now, 1 - decay)
+
+
+def perplexity(codes: torch.Tensor, size: int) -> float:
+    """exp of the entropy of the codes in use: the size of the codebook at best."""
+    share = torch.bincount(codes.flatten(), minlength=size).double() / codes.numel()
+    return float(torch.special.entr(share).sum().exp())
+
+
+@torch.no_grad()
+def _start_codebooks(codec: Codec, windows: Iterator[Window]) -> None:
+    mels = torch.cat([codec.log_mel(next(windows).audio) for _ in range(8)])
+    residual = codec.encoder(mels).flatten(0, 1)
+    for quantizer in codec.quantizer:
+        asked = quantizer.in_proj(residual)
+        quantizer.codebook.copy_(k_means(asked, codec.shape.codebook_size))
+        residual = residual - quantizer.vectors(quantizer.nearest(asked))
+
+
+def _windows(
+    shards: Path, codes: Path | None, shape: CodecShape, settings: CodecSettings, *, seed: int
+) -> Iterator[Window]:
+    """Random windows of utterances, without end; the window's context is made but not heard."""
+    draw, batch = random.Random(seed), []
+    for path in shuffled(shards, draw):
+        if codes is not None and not codes_path(codes, path).exists():
+            continue
+        utterances = read_shard(path)
+        rows: list[np.ndarray | None] = list(read_codes(codes_path(codes, path))) if codes else [None] * len(utterances)
+        pairs = [pair for pair in zip(utterances, rows, strict=True) if not pair[0].held_out]
+        draw.shuffle(pairs)
+        # A part of each shard, so that the voices alternate.
+        for utterance, row in pairs[: 3 * settings.batch]:
+            if len(utterance.audio) >= settings.window * shape.hop_length:
+                batch.append(_window(utterance, row, shape, settings.window, draw))
+            if len(batch) >= settings.batch * 12:
+                draw.shuffle(batch)
+            while len(batch) >= settings.batch * 12:
+                taken, batch = batch[: settings.batch], batch[settings.batch :]
+                yield Window(
+                    torch.stack([w.audio for w in taken]),
+                    torch.stack([w.codes for w in taken if w.codes is not None]) if codes else None,
+                    torch.stack([w.heard for w in taken]),
+                )
+
+
+def _window(utterance: Utterance, row: np.ndarray | None, shape: CodecShape, size: int, draw: random.Random) -> Window:
+    hop = shape.hop_length
+    audio = torch.from_numpy(utterance.audio).float() / 32767
+    frames = len(audio) // hop if row is None else len(row)
+    audio = torch.nn.functional.pad(audio, (0, max(0, frames * hop - len(audio))))
+    begin = draw.randint(0, frames - size)
+    heard = torch.ones(size * hop)
+    if begin > 0:
+        heard[: 6 * hop] = 0.0
+    if begin + size < frames:
+        heard[-shape.right_context * hop :] = 0.0
+    codes = None if row is None else torch.from_numpy(row[begin : begin + size].astype(np.int64))
+    return Window(audio[begin * hop : (begin + size) * hop], codes, heard)
