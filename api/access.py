@@ -11,7 +11,7 @@ import logging
 import re
 import time
 import uuid
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from fastapi import Request
@@ -19,10 +19,14 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from declaim.api.metrics import ServerMetrics
+from declaim.engine.request import FinishReason
 
 logger = logging.getLogger(__name__)
 
 SPEECH_PATH = "/v1/audio/speech"
+OPENAI_VERSION = "2020-10-01"
+# What clients may leave /v1 out of.
+_UNVERSIONED = ("/audio/", "/models", "/organization/")
 
 Outcome = Literal["answered", "complete", "cut", "client_gone", "stopped"]
 _UNSAFE_IN_LOG = re.compile(r"[^\x21-\x7e]")
@@ -44,6 +48,8 @@ class RequestRecord:
     chars: int | None = None
     ttfa_s: float | None = None
     audio_s: float = 0.0
+    finish_reason: FinishReason | None = None
+    headers: dict[str, str] = field(default_factory=dict)  # that its answer carries, whatever the answer is
     error: str | None = None
 
 
@@ -63,6 +69,8 @@ class AccessLayer:
         self._metrics = metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] in ("http", "websocket"):
+            scope["path"] = canonical_path(scope["path"])
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
@@ -74,6 +82,8 @@ class AccessLayer:
                 record.status = message["status"]
                 headers = MutableHeaders(scope=message)
                 headers["x-request-id"] = record.request_id
+                headers["openai-version"] = OPENAI_VERSION
+                headers.update(record.headers)
                 headers["openai-processing-ms"] = str(round((time.perf_counter() - record.began_s) * 1000))
             await send(message)
 
@@ -89,7 +99,21 @@ class AccessLayer:
             if is_speech:
                 self._metrics.in_flight.dec()
                 self._metrics.requests.labels(str(record.status), record.outcome).inc()
-            _log(scope, record, level=logging.INFO if is_speech else logging.DEBUG)
+            _log(scope, record, level=_level(record) if is_speech else logging.DEBUG)
+
+
+def canonical_path(path: str) -> str:
+    """The path that is routed: without a slash at its end, and with /v1 where a client left it out.
+
+    A redirect would say the same, and many clients lose the body they post through one.
+    """
+    path = path.rstrip("/") or "/"
+    return "/v1" + path if path.startswith(_UNVERSIONED) else path
+
+
+def _level(record: RequestRecord) -> int:
+    """A stream that said too much or too little was a 200: here it must be seen."""
+    return logging.WARNING if record.finish_reason in ("runaway", "missing") else logging.INFO
 
 
 def _log(scope: Scope, record: RequestRecord, *, level: int) -> None:
@@ -109,6 +133,8 @@ def _log(scope: Scope, record: RequestRecord, *, level: int) -> None:
     if record.ttfa_s is not None:
         fields["ttfa_ms"] = round(record.ttfa_s * 1000)
         fields["audio_s"] = f"{record.audio_s:.2f}"
+    if record.finish_reason not in (None, "stop"):
+        fields["finish_reason"] = record.finish_reason
     if record.audio_s > 0.0:
         fields["rtf"] = f"{wall_s / record.audio_s:.3f}"
     for name, header in (("retry", "x-stainless-retry-count"), ("client_request_id", "x-client-request-id")):

@@ -1,32 +1,107 @@
 """The ASGI application: routes, lifespan, and the layers around them.
 
-Owns what is neither speech nor an error: models, health, readiness, metrics.
-One application serves one Serving.
+Owns what is neither speech nor an error: models, greetings, health, readiness, metrics. One application serves one
+Serving.
 """
 
 from __future__ import annotations
 
 import asyncio
+import os
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 
-from fastapi import APIRouter, FastAPI, Response
+from fastapi import APIRouter, FastAPI, Request, Response
 from fastapi.responses import JSONResponse
 from prometheus_client import CONTENT_TYPE_LATEST
+from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp
 
 from declaim.api.access import AccessLayer
+from declaim.api.cache import ResultCache
 from declaim.api.errors import install_error_handlers
+from declaim.api.gate import Gate, OpenGate, credential_of
 from declaim.api.metrics import ServerMetrics
-from declaim.api.schemas import ModelCard, ModelList, Readiness
+from declaim.api.rendering import Renders
+from declaim.api.schemas import AudioModelList, Greeting, ModelCard, ModelList, ModelVoice, Readiness
 from declaim.api.serving import Serving
-from declaim.api.speech import MODEL_ALIASES, build_speech_router, check_model
+from declaim.api.settings import ApiSettings
+from declaim.api.speech import MODEL_ALIASES, Voices, build_speech_router, check_model
+from declaim.api.uploads import read_recording
+from declaim.api.voices import own_voice
+from declaim.engine.errors import VoiceNotFound
+from declaim.engine.request import EncodedVoice, Voice
+
+# Encoding leaves the interpreter's lock for most of its time; more threads than cores gain nothing.
+_MAX_ENCODE_THREADS = 8
+# Beyond those that a page may always read.
+_EXPOSED_HEADERS = (
+    "x-request-id",
+    "openai-processing-ms",
+    "retry-after",
+    "retry-after-ms",
+    "x-should-retry",
+    "x-finish-reason",
+    "x-service-tier",
+    *(
+        f"x-ratelimit-{value}-{unit}"
+        for value in ("limit", "remaining", "reset")
+        for unit in ("requests", "tokens", "characters")
+    ),
+    "x-ratelimit-limit-concurrent-streams",
+    "x-ratelimit-remaining-concurrent-streams",
+)
 
 
-def create_app(serving: Serving) -> ASGIApp:
-    """Build the application; its lifespan starts `serving` and closes it."""
+class OwnVoices:
+    """The voices of the model alone: for a server that keeps none of its callers'."""
+
+    def __init__(self, serving: Serving) -> None:
+        self._serving = serving
+
+    async def resolve(self, tenant: str, name: str | None) -> EncodedVoice | str | None:
+        """One of the model's own. Raises: VoiceNotFound."""
+        engine = self._serving.engine()
+        try:
+            return own_voice(name, model_name=engine.model_name, spec=engine.spec)
+        except VoiceNotFound as error:
+            known = ", ".join(("default", *engine.spec.voices, "alloy"))
+            raise VoiceNotFound(f"{error}: use one of {known}", param="voice") from None
+
+    async def encode_reference(self, data: bytes, *, transcript: str, param: str) -> EncodedVoice:
+        """A recording that came with a request. Raises: InvalidRequest."""
+        engine = self._serving.engine()
+
+        def encode() -> EncodedVoice:
+            recording = read_recording(data, param=param)
+            return engine.encode_voice(Voice(transcript, recording.audio, recording.sample_rate_hz))
+
+        return await asyncio.to_thread(encode)
+
+
+def create_app(
+    serving: Serving,
+    *,
+    gate: Gate | None = None,
+    voices: Voices | None = None,
+    settings: ApiSettings | None = None,
+    routers: Iterable[APIRouter] = (),
+) -> ASGIApp:
+    """Build the application; its lifespan starts `serving` and closes it.
+
+    gate: None lets everybody in. voices: None knows the model's own. routers: what else is served.
+
+    Raises: OSError where the settings' cache folder cannot be used.
+    """
+    gate = gate or OpenGate()
+    settings = settings or ApiSettings()
     metrics = ServerMetrics(serving)
+    workers = ThreadPoolExecutor(min(_MAX_ENCODE_THREADS, os.cpu_count() or 1), "declaim-encode")
+    cache = None
+    if settings.cache_folder is not None:
+        cache = ResultCache(settings.cache_folder, max_bytes=settings.cache_bytes)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -35,31 +110,80 @@ def create_app(serving: Serving) -> ASGIApp:
             yield
         finally:
             await asyncio.to_thread(serving.close)
+            workers.shutdown(wait=False)
 
     # Redirecting a POST for its trailing slash loses the body with many clients.
     app = FastAPI(title="declaim", lifespan=lifespan, redirect_slashes=False)
     install_error_handlers(app)
-    app.include_router(build_speech_router(serving, metrics))
-    app.include_router(_build_models_router(serving))
+    app.include_router(
+        build_speech_router(
+            serving,
+            metrics,
+            gate=gate,
+            voices=voices or OwnVoices(serving),
+            renders=Renders(cache),
+            workers=workers,
+            settings=settings,
+        )
+    )
+    app.include_router(_build_models_router(serving, gate, is_public=settings.public_listings))
     app.include_router(_build_health_router(serving, metrics))
-    return AccessLayer(app, metrics)
+    for router in routers:
+        app.include_router(router)
+    return AccessLayer(_for_browsers(app, settings), metrics)
 
 
-def _build_models_router(serving: Serving) -> APIRouter:
+def _for_browsers(app: ASGIApp, settings: ApiSettings) -> ASGIApp:
+    if not settings.cors_origins:
+        return app
+    return CORSMiddleware(
+        app,
+        allow_origins=settings.cors_origins,
+        allow_methods=("GET", "HEAD", "POST", "DELETE"),
+        allow_headers=("*",),
+        expose_headers=_EXPOSED_HEADERS,
+        max_age=3600,
+    )
+
+
+def _build_models_router(serving: Serving, gate: Gate, *, is_public: bool) -> APIRouter:
     router = APIRouter()
     created = int(time.time())
 
     def card(model_id: str) -> ModelCard:
-        return ModelCard(id=model_id, created=created, owned_by="declaim", root=serving.engine().model_name)
+        engine = serving.engine()
+        return ModelCard(
+            id=model_id,
+            created=created,
+            owned_by="declaim",
+            root=engine.model_name,
+            sample_rate=engine.spec.codec.sample_rate_hz,
+            voices=[ModelVoice(name=name, language="en") for name in engine.spec.voices or ("default",)],
+        )
+
+    def cards() -> list[ModelCard]:
+        return [card(name) for name in (serving.engine().model_name, *MODEL_ALIASES)]
+
+    async def check(request: Request) -> None:
+        if not is_public:
+            await gate.authenticate(credential_of(request.headers, request.query_params))
 
     @router.get("/v1/models")
-    async def list_models() -> ModelList:
+    async def list_models(request: Request) -> ModelList:
         """The served model and its aliases."""
-        return ModelList(data=[card(name) for name in (serving.engine().model_name, *MODEL_ALIASES)])
+        await check(request)
+        return ModelList(data=cards())
+
+    @router.get("/v1/audio/models")
+    async def list_audio_models(request: Request) -> AudioModelList:
+        """The same, as Open WebUI and others ask for it."""
+        await check(request)
+        return AudioModelList(models=cards())
 
     @router.get("/v1/models/{model_id:path}")
-    async def get_model(model_id: str) -> ModelCard:
+    async def get_model(request: Request, model_id: str) -> ModelCard:
         """One of them."""
+        await check(request)
         check_model(model_id, model_name=serving.engine().model_name)
         return card(model_id)
 
@@ -69,11 +193,21 @@ def _build_models_router(serving: Serving) -> APIRouter:
 def _build_health_router(serving: Serving, metrics: ServerMetrics) -> APIRouter:
     router = APIRouter()
 
+    @router.head("/", include_in_schema=False)
+    @router.get("/")
+    @router.head("/v1", include_in_schema=False)
+    @router.get("/v1")
+    async def greet() -> Greeting:
+        """There is a server: clients ask before their first request, to have a connection open."""
+        return Greeting(status=serving.stage)
+
+    @router.head("/health", include_in_schema=False)
     @router.get("/health")
     async def health() -> dict[str, str]:
         """The process answers; says nothing of the model."""
         return {"status": "ok"}
 
+    @router.head("/ready", include_in_schema=False)
     @router.get("/ready")
     async def ready() -> JSONResponse:
         """200 once a real request has gone through the engine and the vocoder, 503 with what is being done before."""

@@ -11,7 +11,6 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from declaim.api.errors import NotReady
 from declaim.api.serving import Serving
 
 _TTFA_BUCKETS_S = (0.025, 0.05, 0.1, 0.15, 0.2, 0.3, 0.5, 0.75, 1.0, 1.5, 2.5, 5.0, 10.0, 30.0)
@@ -24,10 +23,10 @@ class _EngineCollector(Collector):
         self._serving = serving
 
     def collect(self) -> Iterator[Metric]:
-        try:
-            stats = self._serving.engine().stats()
-        except NotReady:
+        engine = self._serving.warm_engine
+        if engine is None:
             return
+        stats = engine.stats()
         yield GaugeMetricFamily("declaim_running_sequences", "Sequences in the batch", stats.running)
         yield GaugeMetricFamily("declaim_waiting_sequences", "Sequences waiting for a place", stats.waiting)
         yield GaugeMetricFamily("declaim_kv_blocks_used", "KV blocks in use", stats.blocks_used)
@@ -55,6 +54,13 @@ class ServerMetrics:
             buckets=_TTFA_BUCKETS_S,
             registry=self._registry,
         )
+        self.finished = Counter(
+            "declaim_speech_finished",
+            "Answers sent to their end, by why they ended",
+            ["reason"],
+            registry=self._registry,
+        )
+        self.cached = Counter("declaim_cached_answers", "Answers that cost the engine nothing", registry=self._registry)
         self.audio_s = Counter("declaim_audio_seconds", "Audio handed to clients", registry=self._registry)
 
     def text(self) -> bytes:

@@ -14,11 +14,12 @@ from typing import Literal, Protocol
 
 from declaim.api.errors import NotReady
 from declaim.engine import AudioChunk, DeclaimError, EngineStats, SpeechRequest
+from declaim.engine.request import EncodedVoice, Voice
 from declaim.engine.spec import ModelSpec
 
 logger = logging.getLogger(__name__)
 
-Stage = Literal["starting", "loading", "warming_up", "ready", "failed", "closed"]
+Stage = Literal["starting", "loading", "warming_up", "ready", "draining", "failed", "closed"]
 _JOIN_S = 5.0
 
 
@@ -35,6 +36,10 @@ class SpeechEngine(Protocol):
 
     def astream(self, request: SpeechRequest) -> AsyncGenerator[AudioChunk, None]:
         """Chunks of one request; closing the generator cancels the request."""
+        ...
+
+    def encode_voice(self, voice: Voice) -> EncodedVoice:
+        """Encode reference audio, once for the same audio; takes CPU time. Raises: InvalidRequest."""
         ...
 
     def warm_up(self) -> None: ...
@@ -80,7 +85,7 @@ class Serving:
     def progress(self) -> tuple[str, int]:
         """What is being done, and how many percent of it are: the work last reported, else `stage` itself."""
         if self._stage not in ("loading", "warming_up") or self._work is None:
-            return self._stage, 100 if self._stage == "ready" else 0
+            return self._stage, 100 if self._stage in ("ready", "draining") else 0
         work, done, total = self._work
         return work, 100 * done // total if total > 0 else 0
 
@@ -89,11 +94,23 @@ class Serving:
         self._thread.start()
 
     def engine(self) -> SpeechEngine:
-        """The engine. Raises: NotReady before it is warm, after it failed, and after `close`."""
+        """The engine, for new work. Raises: NotReady before it is warm, after it failed, while draining and closed."""
         engine = self._engine
+        if self._stage == "draining":
+            raise NotReady("The server is stopping and takes no new work: try again, another one will answer")
         if self._stage != "ready" or engine is None:
             raise NotReady(f"The model is not ready ({self._stage}): try again when GET /ready answers 200")
         return engine
+
+    @property
+    def warm_engine(self) -> SpeechEngine | None:
+        """The engine while it works, for new requests or only for those that run."""
+        return self._engine if self._stage in ("ready", "draining") else None
+
+    def drain(self) -> None:
+        """Refuse new work from now on; what runs goes on. Any thread, a signal handler too."""
+        if self._stage == "ready":
+            self._stage = "draining"
 
     def close(self) -> None:
         """Close the engine, loaded or still loading; blocks, idempotent."""

@@ -1,56 +1,79 @@
-"""POST /v1/audio/speech: a checked body becomes one SpeechRequest, and its chunks become the response.
+"""POST /v1/audio/speech: a checked body becomes one SpeechRequest, and its parts become the response.
 
-Owns the choice of model, voice and format by OpenAI's names, the first chunk before the status line, and the
-end of the engine's work when the client hangs up. Never encodes a sample, never maps an error to a status.
-A stream that fails after it began is cut: the connection closes without the last HTTP chunk, so that no
-client takes it for whole.
+Owns the order of things: who asks, what is asked, whether it is let in, the first audio before the status line, the end
+of the engine's work when the client hangs up, and the one report of what it cost. Never encodes a sample, never maps an
+error to a status. A stream that fails after it began is cut: the connection closes without the last HTTP chunk, so that
+no client takes it for whole.
 """
 
 from __future__ import annotations
 
 import asyncio
-import base64
 import contextlib
-import json
+import dataclasses
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import Mapping
+from concurrent.futures import Executor
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Protocol
 
 from fastapi import APIRouter, Request, Response
-from starlette.requests import ClientDisconnect
-from starlette.types import Message, Receive, Scope, Send
 
 from declaim.api.access import SPEECH_PATH, RequestRecord, record_of
-from declaim.api.encode import DEFAULT_FORMAT
-from declaim.api.errors import BodyTooLarge, ClientGone, UnsupportedMediaType, error_body
+from declaim.api.body import drop_body, read_json_body
+from declaim.api.cache import cache_key
+from declaim.api.delivery import Account, Listening, NoResponse, StreamedSpeech, WholeSpeech
+from declaim.api.encode import DEFAULT_FORMAT, MEDIA_TYPES, with_exact_length
+from declaim.api.errors import BodyTooLarge, ClientGone, MissingParameter
+from declaim.api.framing import AudioFraming, EventFraming, Framing, json_document, webvtt_document, whole_body
+from declaim.api.gate import Caller, Gate, credential_of
+from declaim.api.keys import check_affiliation
 from declaim.api.metrics import ServerMetrics
-from declaim.api.pipeline import AudioPipeline, check_rate
+from declaim.api.pipeline import check_rate
+from declaim.api.reference import decode_reference
+from declaim.api.rendering import Part, Rendering, Renders, render
 from declaim.api.schemas import SpeechBody, parse_speech_body
-from declaim.api.serving import Serving
-from declaim.engine.errors import (
-    DeclaimError,
-    EngineError,
-    InvalidRequest,
-    ModelNotFound,
-    TooLong,
-    VoiceNotFound,
+from declaim.api.serving import Serving, SpeechEngine
+from declaim.api.settings import ApiSettings
+from declaim.engine.controls import read_instructions
+from declaim.engine.errors import DeclaimError, EngineError, InvalidRequest, ModelNotFound, TooLong
+from declaim.engine.request import ControlValue, EncodedVoice, SamplingParams, SpeechRequest, Tier
+from declaim.engine.spec import ModelSpec
+
+MODEL_ALIASES = ("tts-1", "tts-1-hd", "gpt-4o-mini-tts", "gpt-4o-mini-tts-2025-12-15")
+# Formats that are no audio: documents that are sent whole.
+DOCUMENT_TYPES: Mapping[str, str] = MappingProxyType({"json": "application/json", "vtt": "text/vtt; charset=utf-8"})
+_DOCUMENT_AUDIO = "wav"
+_CONTROLS = ("emotion", "speaking_rate", "pitch_std", "fmax", "quality")
+_LANGUAGE_NAMES: Mapping[str, str] = MappingProxyType(
+    {
+        "chinese": "zh",
+        "english": "en",
+        "french": "fr",
+        "german": "de",
+        "italian": "it",
+        "japanese": "ja",
+        "korean": "ko",
+        "portuguese": "pt",
+        "russian": "ru",
+        "spanish": "es",
+    }
 )
-from declaim.engine.request import AudioChunk, SamplingParams, SpeechRequest
-
-MAX_BODY_BYTES = 1 << 20
-# What is read and dropped of a body that is too large: closing on unread bytes would reset the connection and
-# the client would never see the 413.
-_MAX_DRAIN_BYTES = 16 << 20
-MAX_INPUT_CHARS = 4096
-
-MODEL_ALIASES = ("tts-1", "tts-1-hd", "gpt-4o-mini-tts")
-# Clients check these names themselves and send no other.
-_OPENAI_VOICES = frozenset("alloy ash ballad coral echo fable onyx nova sage shimmer verse marin cedar".split())
-_STREAM_HEADERS = {"cache-control": "no-cache", "x-accel-buffering": "no"}
+# A body larger than this is parsed in a thread: it would hold the event loop up for milliseconds.
+_MAX_INLINE_BYTES = 64 << 10
 
 
-def is_own_voice(name: str | None, *, model_name: str) -> bool:
-    """Whether `name` means the model's own voice: None, one of OpenAI's, "default", or the model's name."""
-    return name is None or name in _OPENAI_VOICES or name in ("default", model_name)
+class Voices(Protocol):
+    """Knows voices by name."""
+
+    async def resolve(self, tenant: str, name: str | None) -> EncodedVoice | str | None:
+        """What `SpeechRequest.voice` takes for a name that a client sent. Raises: VoiceNotFound."""
+        ...
+
+    async def encode_reference(self, data: bytes, *, transcript: str, param: str) -> EncodedVoice:
+        """Encode a recording that came with a request. Raises: InvalidRequest that names `param`."""
+        ...
 
 
 def check_model(name: str, *, model_name: str) -> None:
@@ -60,22 +83,27 @@ def check_model(name: str, *, model_name: str) -> None:
         raise ModelNotFound(f"The model '{name}' does not exist here: use one of {served}")
 
 
-def to_request(body: SpeechBody, *, model_name: str, request_id: str) -> SpeechRequest:
-    """Turn a body into what the engine takes.
+def voice_name(body: SpeechBody) -> str | None:
+    """The voice that a body names."""
+    return body.voice if isinstance(body.voice, str | None) else body.voice.id
 
-    Raises: InvalidRequest, TooLong, VoiceNotFound, ModelNotFound.
+
+def to_request(
+    body: SpeechBody,
+    *,
+    engine: SpeechEngine,
+    caller: Caller,
+    tier: Tier,
+    voice: EncodedVoice | str | None,
+    request_id: str,
+) -> SpeechRequest:
+    """Turn a body into what the engine takes. voice: what the body's voice was resolved to.
+
+    Raises: InvalidRequest, ModelNotFound.
     """
-    check_model(body.model, model_name=model_name)
+    check_model(body.model, model_name=engine.model_name)
     if not body.input:
         raise InvalidRequest("input is empty: send the text to speak", param="input")
-    if len(body.input) > MAX_INPUT_CHARS:
-        raise TooLong(
-            f"input has {len(body.input)} characters, at most {MAX_INPUT_CHARS} are taken: send it in parts",
-            param="input",
-        )
-    voice = body.voice if isinstance(body.voice, str | None) else body.voice.id
-    if not is_own_voice(voice, model_name=model_name):
-        raise VoiceNotFound(f"There is no voice '{voice}': use 'default'", param="voice")
     sampling = SamplingParams(
         temperature=body.temperature,
         top_k=body.top_k,
@@ -86,229 +114,285 @@ def to_request(body: SpeechBody, *, model_name: str, request_id: str) -> SpeechR
         seed=body.seed,
         max_seconds=body.max_seconds,
     )
-    speed = 1.0 if body.speed is None else body.speed
-    return SpeechRequest(text=body.input, sampling=sampling, speed=speed, request_id=request_id)
+    request = SpeechRequest(
+        text=body.input,
+        voice=voice,
+        sampling=sampling,
+        speed=1.0 if body.speed is None else body.speed,
+        request_id=request_id,
+        language=_language(body.language),
+        normalize=body.normalize is not False,
+        controls=_controls(body, engine.spec),
+        word_timestamps=bool(body.word_timestamps) or body.response_format == "vtt",
+        tenant=caller.tenant,
+        weight=caller.weight,
+        tier=tier,
+    )
+    return request if engine.spec.supports_speed else dataclasses.replace(request, speed=1.0)
 
 
-def check_format(body: SpeechBody) -> str:
-    """The response format to encode. Raises: InvalidRequest for one that is not served."""
+def tempo_of(body: SpeechBody, spec: ModelSpec) -> float:
+    """How much faster the audio is played: the body's speed, or 1.0 where the model paces itself."""
+    return 1.0 if spec.supports_speed or body.speed is None else body.speed
+
+
+def _language(value: str | None) -> str | None:
+    """An ISO 639 code of "de", "de-AT" or "German"; None leaves it to the text."""
+    if value is None or value.strip().lower() in ("", "auto"):
+        return None
+    name = value.strip().lower()
+    code = _LANGUAGE_NAMES.get(name, name.replace("_", "-").partition("-")[0])
+    if not (code.isascii() and code.isalpha() and 2 <= len(code) <= 3):
+        raise InvalidRequest(f"language is '{value[:40]}': send a code such as en or zh-CN", param="language")
+    return code
+
+
+def _controls(body: SpeechBody, spec: ModelSpec) -> dict[str, ControlValue]:
+    """The dials that a body sets: by its instructions where the family knows their words, then by name."""
+    controls: dict[str, ControlValue] = {}
+    if body.instructions and spec.instructions:
+        # Most clients send a prompt for another model here, or the word None: what has no meaning is ignored.
+        with contextlib.suppress(InvalidRequest):
+            controls.update(read_instructions(body.instructions, spec.instructions))
+    for name in _CONTROLS:
+        value = getattr(body, name)
+        if value is not None:
+            controls[name] = tuple(value) if isinstance(value, list) else value
+    return controls
+
+
+@dataclass(frozen=True, slots=True)
+class _Form:
+    """How an answer is sent. document: "json" or "vtt", None for audio; audio_format: of the audio in it."""
+
+    audio_format: str
+    sample_rate_hz: int | None
+    document: str | None
+    has_events: bool
+    is_whole: bool
+
+    @property
+    def name(self) -> str:
+        return self.document or self.audio_format
+
+
+def _form_of(body: SpeechBody) -> _Form:
+    """Raises: InvalidRequest for what is not served."""
     if body.stream_format not in (None, "audio", "sse"):
         message = f"stream_format is '{body.stream_format}': use 'audio' or 'sse'"
         raise InvalidRequest(message, param="stream_format")
-    response_format = DEFAULT_FORMAT if body.response_format is None else body.response_format
-    check_rate(response_format, None)
-    return response_format
+    name = DEFAULT_FORMAT if body.response_format is None else body.response_format
+    document = name if name in DOCUMENT_TYPES else None
+    if document is not None and body.stream_format == "sse":
+        message = f"stream_format is 'sse', and response_format '{name}' is sent whole: leave stream_format out"
+        raise InvalidRequest(message, param="stream_format")
+    if document is None and name not in MEDIA_TYPES:
+        served = ", ".join((*MEDIA_TYPES, *DOCUMENT_TYPES))
+        message = f"response_format '{name}' is not served: use one of {served}"
+        raise InvalidRequest(message, param="response_format")
+    audio_format = name if document is None else body.audio_format or _DOCUMENT_AUDIO
+    if audio_format not in MEDIA_TYPES:
+        message = f"audio_format '{audio_format}' is not served: use one of {', '.join(MEDIA_TYPES)}"
+        raise InvalidRequest(message, param="audio_format")
+    check_rate(audio_format, body.sample_rate)
+    has_events = body.stream_format == "sse"
+    is_whole = document is not None or (body.stream is False and not has_events)
+    return _Form(audio_format, body.sample_rate, document, has_events, is_whole)
 
 
-async def read_json_body(request: Request) -> bytes:
-    """Read a JSON body of at most MAX_BODY_BYTES, sent with a length or chunked.
-
-    Raises: UnsupportedMediaType, BodyTooLarge, ClientGone.
-    """
-    body = bytearray()
-    num_bytes = 0
-    try:
-        async for part in request.stream():
-            num_bytes += len(part)
-            if num_bytes > _MAX_DRAIN_BYTES:
-                break
-            if num_bytes <= MAX_BODY_BYTES:
-                body += part
-    except ClientDisconnect:
-        raise ClientGone("the client hung up while it sent its request") from None
-    if num_bytes > MAX_BODY_BYTES:
-        raise BodyTooLarge(f"The body is larger than {MAX_BODY_BYTES} bytes: send less text at once")
-    media_type = request.headers.get("content-type", "application/json").partition(";")[0].strip().lower()
-    if media_type != "application/json" and not media_type.endswith("+json"):
-        raise UnsupportedMediaType(f"The content type '{media_type}' is not taken: send application/json")
-    return bytes(body)
-
-
-class _ChunkStream:
-    """The chunks of one request, each awaited together with the client's hanging up.
-
-    The body has been read before, so all that `request.receive` can still give is the disconnect.
-    """
-
-    def __init__(self, chunks: AsyncGenerator[AudioChunk, None], request: Request) -> None:
-        self._chunks = chunks
-        self._gone: asyncio.Task[Message] = asyncio.ensure_future(_receive(request))
-
-    async def next(self) -> AudioChunk | None:
-        """The next chunk, None after the last. Raises: ClientGone, and what the engine raises."""
-        pending = asyncio.ensure_future(self._pull())
-        try:
-            await asyncio.wait({pending, self._gone}, return_when=asyncio.FIRST_COMPLETED)
-            if self._gone.done():
-                raise ClientGone("the client hung up")
-            return pending.result()
-        finally:
-            if not pending.done():
-                pending.cancel()
-            await asyncio.wait({pending})
-            if not pending.cancelled():
-                pending.exception()  # seen: where the client is gone, nobody else will look
-
-    async def close(self) -> None:
-        """End the engine's work, finished or not; idempotent."""
-        self._gone.cancel()
-        await self._chunks.aclose()
-
-    async def _pull(self) -> AudioChunk | None:
-        return await anext(self._chunks, None)
-
-
-async def _receive(request: Request) -> Message:
-    return await request.receive()
-
-
-class _AudioFraming:
-    """The encoder's bytes as they are."""
-
-    def __init__(self, encoder: AudioPipeline) -> None:
-        self._encoder = encoder
-        self.media_type = encoder.media_type
-
-    def chunk(self, chunk: AudioChunk) -> bytes:
-        return self._encoder.feed(chunk.audio)
-
-    def finish(self) -> bytes:
-        return self._encoder.finish()
-
-    def failure(self, error: DeclaimError) -> bytes:
-        return b""
-
-
-class _EventFraming:
-    """The encoder's bytes as server-sent events; usage counts characters in and codec frames out."""
-
-    media_type = "text/event-stream"
-
-    def __init__(self, encoder: AudioPipeline, *, num_chars: int) -> None:
-        self._encoder = encoder
-        self._num_chars = num_chars
-        self._num_frames = 0
-
-    def chunk(self, chunk: AudioChunk) -> bytes:
-        self._num_frames += chunk.num_frames
-        return self._delta(self._encoder.feed(chunk.audio))
-
-    def finish(self) -> bytes:
-        usage = {
-            "input_tokens": self._num_chars,
-            "output_tokens": self._num_frames,
-            "total_tokens": self._num_chars + self._num_frames,
-        }
-        return self._delta(self._encoder.finish()) + _event({"type": "speech.audio.done", "usage": usage})
-
-    def failure(self, error: DeclaimError) -> bytes:
-        return _event({"type": "error", **error_body(error)})
-
-    @staticmethod
-    def _delta(data: bytes) -> bytes:
-        if not data:
-            return b""
-        return _event({"type": "speech.audio.delta", "audio": base64.b64encode(data).decode("ascii")})
-
-
-def _event(fields: dict[str, object]) -> bytes:
-    return b"data: " + json.dumps(fields, separators=(",", ":")).encode() + b"\n\n"
-
-
-class _SpeechResponse(Response):
-    """Sends the chunks as they come; returns without the last body message where the stream failed."""
+class _Speech:
+    """The route's work, with all that it needs of the server."""
 
     def __init__(
         self,
-        first: AudioChunk,
-        stream: _ChunkStream,
-        *,
-        framing: _AudioFraming | _EventFraming,
-        record: RequestRecord,
+        serving: Serving,
         metrics: ServerMetrics,
+        *,
+        gate: Gate,
+        voices: Voices,
+        renders: Renders,
+        workers: Executor,
+        settings: ApiSettings,
     ) -> None:
-        super().__init__(media_type=framing.media_type, headers=_STREAM_HEADERS)
-        del self.headers["content-length"]
-        self._first = first
-        self._stream = stream
-        self._framing = framing
-        self._record = record
+        self._serving = serving
         self._metrics = metrics
+        self._gate = gate
+        self._voices = voices
+        self._renders = renders
+        self._workers = workers
+        self._settings = settings
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def answer(self, request: Request, record: RequestRecord) -> Response:
+        """One request from its key to its response."""
+        caller = await self._authenticate(request)
+        raw = await read_json_body(request)
+        if len(raw) <= _MAX_INLINE_BYTES:
+            body, reference = self._parse(raw)
+        else:
+            body, reference = await asyncio.to_thread(self._parse, raw)
+        record.chars = len(body.input)
+        engine = self._serving.engine()
+        form = _form_of(body)
+        voice = None if reference is not None else await self._voices.resolve(caller.tenant, voice_name(body))
+        speech = to_request(
+            body, engine=engine, caller=caller, tier="default", voice=voice, request_id=record.request_id
+        )
+        admission = await self._gate.admit(
+            caller, request_id=record.request_id, chars=len(body.input), service_tier=body.service_tier
+        )
+        account = Account(
+            admission,
+            record,
+            self._metrics,
+            model=engine.model_name,
+            voice="ref_audio" if reference is not None else voice_name(body) or "default",
+            response_format=form.name,
+            chars=len(body.input),
+        )
+        record.headers.update({"x-service-tier": admission.tier, **admission.headers})
         try:
-            await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
-            chunk: AudioChunk | None = self._first
-            while chunk is not None:
-                await _send_part(send, self._framing.chunk(chunk))
-                self._count(chunk)
-                chunk = await self._stream.next()
-            await _send_part(send, self._framing.finish())
-            await send({"type": "http.response.body", "body": b"", "more_body": False})
-            self._record.outcome = "complete"
-        except ClientGone:
-            self._record.outcome = "client_gone"
+            speech = dataclasses.replace(speech, tier=admission.tier)
+            if reference is not None:
+                speech = dataclasses.replace(speech, voice=await self._encode(reference, body))
+            return await self._speak(request, record, account, body=body, engine=engine, speech=speech, form=form)
         except DeclaimError as error:
-            self._record.outcome, self._record.error = "cut", str(error)
-            await _send_part(send, self._framing.failure(error))
-        finally:
-            await self._stream.close()
+            account.refused(error)
+            raise
+        except BaseException:
+            record.outcome = "stopped"  # or a bug, whose status stays 500
+            account.close()
+            raise
 
-    def _count(self, chunk: AudioChunk) -> None:
-        seconds = len(chunk.audio) / chunk.sample_rate_hz
-        self._record.audio_s += seconds
-        self._metrics.audio_s.inc(seconds)
+    async def _authenticate(self, request: Request) -> Caller:
+        try:
+            caller = await self._gate.authenticate(credential_of(request.headers, request.query_params))
+            check_affiliation(caller, request.headers)
+            return caller
+        except DeclaimError:
+            with contextlib.suppress(BodyTooLarge):
+                await drop_body(request)
+            raise
+
+    def _parse(self, raw: bytes) -> tuple[SpeechBody, bytes | None]:
+        """A body within the server's limits, and the recording in it."""
+        body = parse_speech_body(raw, strict=self._settings.strict)
+        most = self._settings.max_input_chars
+        if len(body.input) > most:
+            raise TooLong(
+                f"input has {len(body.input)} characters, at most {most} are taken: send it in parts", param="input"
+            )
+        if not body.ref_audio:
+            if body.ref_text:
+                raise MissingParameter(
+                    "Missing required parameter: 'ref_audio': ref_text says what is said in it", param="ref_audio"
+                )
+            return body, None
+        return body, decode_reference(body.ref_audio, param="ref_audio")
+
+    async def _encode(self, reference: bytes, body: SpeechBody) -> EncodedVoice:
+        voice = await self._voices.encode_reference(reference, transcript=body.ref_text or "", param="ref_audio")
+        if len(voice.codes) and not body.ref_text:
+            raise MissingParameter(
+                "Missing required parameter: 'ref_text': this model must know what is said in ref_audio",
+                param="ref_text",
+            )
+        return voice
+
+    async def _speak(
+        self,
+        request: Request,
+        record: RequestRecord,
+        account: Account,
+        *,
+        body: SpeechBody,
+        engine: SpeechEngine,
+        speech: SpeechRequest,
+        form: _Form,
+    ) -> Response:
+        how = Rendering(form.audio_format, form.sample_rate_hz, tempo_of(body, engine.spec))
+        parts, account.is_cached = await self._renders.open(
+            lambda: cache_key(speech, model_name=engine.model_name, spec=engine.spec, rendering=how),
+            lambda: render(engine, speech, how, self._workers),
+        )
+        listening = Listening(parts, request)
+        async with contextlib.AsyncExitStack() as stack:
+            stack.push_async_callback(listening.close)
+            first = await self._first_audio(listening, account, record)
+            if not form.is_whole and (first.finish_reason is None or form.has_events):
+                if first.finish_reason is not None:
+                    first = dataclasses.replace(first, data=with_exact_length(first.data, form.audio_format))
+                framing: Framing = AudioFraming(form.audio_format)
+                if form.has_events:
+                    framing = EventFraming(num_chars=len(body.input))
+                stack.pop_all()
+                return StreamedSpeech(
+                    first,
+                    listening,
+                    framing=framing,
+                    account=account,
+                    record=record,
+                    keepalive_s=self._settings.keepalive_s,
+                )
+            whole = [first]
+            while whole[-1].finish_reason is None:
+                whole.append(await listening.next())
+                account.made(whole[-1])
+        content, media_type = whole_body(whole, form.audio_format), MEDIA_TYPES[form.audio_format]
+        if form.document is not None:
+            media_type = DOCUMENT_TYPES[form.document]
+            content = (
+                webvtt_document(whole)
+                if form.document == "vtt"
+                else json_document(
+                    whole, audio_format=form.audio_format, num_chars=len(body.input), with_words=speech.word_timestamps
+                )
+            )
+        return WholeSpeech(content, whole, media_type=media_type, account=account, record=record)
+
+    async def _first_audio(self, listening: Listening, account: Account, record: RequestRecord) -> Part:
+        """All parts up to the first that has bytes, as one. Raises: EngineError if there is no audio at all."""
+        part = await listening.next()
+        account.made(part)
+        while not part.data and part.finish_reason is None:
+            more = await listening.next()
+            account.made(more)
+            part = part.joined(more)
+        if part.audio_s == 0.0:
+            raise EngineError("the engine ended the request without audio")
+        record.ttfa_s = time.perf_counter() - record.began_s
+        if account.is_cached:
+            self._metrics.cached.inc()
+        else:
+            self._metrics.ttfa_s.observe(record.ttfa_s)
+        return part
 
 
-async def _send_part(send: Send, data: bytes) -> None:
-    if data:
-        await send({"type": "http.response.body", "body": data, "more_body": True})
-
-
-class _NoResponse(Response):
-    """What is sent to a client that hung up: nothing."""
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        return None
-
-
-def build_speech_router(serving: Serving, metrics: ServerMetrics) -> APIRouter:
+def build_speech_router(
+    serving: Serving,
+    metrics: ServerMetrics,
+    *,
+    gate: Gate,
+    voices: Voices,
+    renders: Renders,
+    workers: Executor,
+    settings: ApiSettings,
+) -> APIRouter:
     """The route of POST /v1/audio/speech."""
     router = APIRouter()
-
-    async def answer(request: Request, record: RequestRecord) -> Response:
-        body = parse_speech_body(await read_json_body(request))
-        record.chars = len(body.input)
-        engine = serving.engine()
-        speech = to_request(body, model_name=engine.model_name, request_id=record.request_id)
-        response_format = check_format(body)
-        async with contextlib.AsyncExitStack() as stack:
-            stream = _ChunkStream(engine.astream(speech), request)
-            stack.push_async_callback(stream.close)
-            first = await stream.next()
-            if first is None:
-                raise EngineError("the engine ended the request without audio")
-            record.ttfa_s = time.perf_counter() - record.began_s
-            metrics.ttfa_s.observe(record.ttfa_s)
-            encoder = AudioPipeline(response_format, source_rate_hz=first.sample_rate_hz)
-            framing: _AudioFraming | _EventFraming = _AudioFraming(encoder)
-            if body.stream_format == "sse":
-                framing = _EventFraming(encoder, num_chars=len(body.input))
-            stack.pop_all()
-        return _SpeechResponse(first, stream, framing=framing, record=record, metrics=metrics)
+    speech = _Speech(serving, metrics, gate=gate, voices=voices, renders=renders, workers=workers, settings=settings)
 
     # The body is read by hand (size before content, our envelope): this schema is for /openapi.json only.
-    schema = {"requestBody": {"required": True, "content": {"application/json": {"schema": _BODY_SCHEMA}}}}
+    schema = {"requestBody": {"required": True, "content": {"application/json": {"schema": _body_schema()}}}}
 
     @router.post(SPEECH_PATH, openapi_extra=schema, response_class=Response)
     async def create_speech(request: Request) -> Response:
         """Speak a text."""
         record = record_of(request)
         try:
-            return await answer(request, record)
+            return await speech.answer(request, record)
         except ClientGone:
             record.status, record.outcome = 499, "client_gone"
-            return _NoResponse()
+            return NoResponse()
         except DeclaimError as error:
             record.error = str(error)
             raise
@@ -316,4 +400,10 @@ def build_speech_router(serving: Serving, metrics: ServerMetrics) -> APIRouter:
     return router
 
 
-_BODY_SCHEMA = SpeechBody.model_json_schema()
+def _body_schema() -> dict[str, object]:
+    """SpeechBody's JSON schema with nothing left to look up, so that it can stand anywhere in a document."""
+    schema = SpeechBody.model_json_schema()
+    definitions = schema.pop("$defs")
+    voice = schema["properties"]["voice"]
+    voice["anyOf"] = [definitions["VoiceId"] if "$ref" in choice else choice for choice in voice["anyOf"]]
+    return schema

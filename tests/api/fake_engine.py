@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from declaim.engine import AudioChunk, DeclaimError, EngineStats, SpeechRequest
+from declaim.engine.request import EncodedVoice, Voice
 from declaim.engine.spec import CacheSpec, CodecSpec, FrameRule, ModelSpec, SamplingDefaults, SamplingSpec
 
 FRAME_RATE_HZ = 25
@@ -68,6 +69,7 @@ class FakeEngine:
     requests: list[SpeechRequest] = field(default_factory=list)
     cancelled: dict[str, float] = field(default_factory=dict)  # request id -> time.perf_counter()
     finished: list[str] = field(default_factory=list)
+    encoded: list[Voice] = field(default_factory=list)
     num_closed: int = 0
     num_warmed: int = 0
 
@@ -122,6 +124,10 @@ class FakeEngine:
         finally:
             if request_id not in self.finished:
                 self.cancelled[request_id] = time.perf_counter()
+
+    def encode_voice(self, voice: Voice) -> EncodedVoice:
+        self.encoded.append(voice)
+        return EncodedVoice(voice.transcript, np.ones((len(voice.audio) // 960, 1), np.int32))
 
     def warm_up(self) -> None:
         if self.gate is not None:

@@ -117,7 +117,8 @@ def test_events_carry_the_same_bytes_and_the_usage() -> None:
     assert [event["type"] for event in events] == ["speech.audio.delta"] * 3 + ["speech.audio.done"]
     audio = b"".join(base64.b64decode(event["audio"]) for event in events[:-1])
     assert audio == to_s16(engine.audio()).tobytes()
-    assert events[-1]["usage"] == {"input_tokens": 6, "output_tokens": 15, "total_tokens": 21}
+    counts = {"input_tokens": 6, "output_tokens": 15, "total_tokens": 21}
+    assert events[-1]["usage"] == {**counts, "audio_seconds": 0.6} and events[-1]["finish_reason"] == "stop"
 
 
 def test_every_field_reaches_the_engine_and_the_unknown_are_ignored() -> None:
@@ -242,12 +243,12 @@ def test_a_json_type_with_a_charset_or_none_at_all_is_taken() -> None:
         assert ask(app, "POST", SPEECH, content=raw, headers=headers).status_code == 200
 
 
-def test_a_body_above_1_mib_is_refused_with_or_without_a_length() -> None:
-    big = json.dumps({**BODY, "extra": "x" * (1 << 20)}).encode()
+def test_a_body_above_16_mib_is_refused_with_or_without_a_length() -> None:
+    big = json.dumps({**BODY, "extra": "x" * (16 << 20)}).encode()
 
     async def parts() -> AsyncIterator[bytes]:
-        for start in range(0, len(big), 100_000):
-            yield big[start : start + 100_000]
+        for start in range(0, len(big), 1_000_000):
+            yield big[start : start + 1_000_000]
 
     headers = {"content-type": "application/json"}
     app = app_of(FakeEngine())
@@ -260,7 +261,6 @@ def test_unknown_paths_and_methods_get_the_envelope() -> None:
     app = app_of(FakeEngine())
     message = check_error(ask(app, "GET", "/v1/x"), 404, type="invalid_request_error", code=None, param=None)
     assert message == "Invalid URL (GET /v1/x)"
-    assert ask(app, "POST", SPEECH + "/", json=BODY).status_code == 404
     response = ask(app, "GET", SPEECH)
     check_error(response, 405, type="invalid_request_error", code="method_not_supported", param=None)
     assert response.headers["allow"] == "POST"
@@ -304,7 +304,7 @@ def test_an_engine_without_audio_is_an_error() -> None:
 def test_models_are_the_served_one_and_its_aliases() -> None:
     app = app_of(FakeEngine(model_name="nari-labs/Dia-1.6B"))
     listing = ask(app, "GET", "/v1/models").json()
-    names = ["nari-labs/Dia-1.6B", "tts-1", "tts-1-hd", "gpt-4o-mini-tts"]
+    names = ["nari-labs/Dia-1.6B", "tts-1", "tts-1-hd", "gpt-4o-mini-tts", "gpt-4o-mini-tts-2025-12-15"]
     assert listing["object"] == "list" and [card["id"] for card in listing["data"]] == names
     for card in listing["data"]:
         assert card["object"] == "model" and isinstance(card["created"], int)

@@ -153,7 +153,7 @@ def test_a_slow_reader_holds_the_engine_back() -> None:
 
 def test_a_body_too_large_is_answered_and_not_reset() -> None:
     with serving_at(FakeEngine) as (url, _):
-        big = b'{"input":"' + b"x" * (3 << 20) + b'"}'
+        big = b'{"input":"' + b"x" * (18 << 20) + b'"}'
         response = httpx.post(url + SPEECH, content=big, headers={"content-type": "application/json"})
         assert response.status_code == 413
         assert response.json()["error"]["code"] == "request_too_large"
