@@ -44,6 +44,7 @@ from declaim.engine.errors import (
     VoiceNotFound,
 )
 from declaim.engine.graphs import GraphRunner
+from declaim.engine.lexicon import Lexicon
 from declaim.engine.loader import EMBEDDED_NAME, find_model, load_model
 from declaim.engine.memory import GB, MemoryPlan, available_bytes, plan_memory
 from declaim.engine.models.base import SpeechModel
@@ -55,6 +56,7 @@ from declaim.engine.request import (
     ResolvedSampling,
     SpeechRequest,
     SpeechResult,
+    Tier,
     Voice,
 )
 from declaim.engine.runner import LaunchedStep, Runner
@@ -62,6 +64,7 @@ from declaim.engine.scheduler import Scheduler, SchedulerLimits
 from declaim.engine.sequence import Playback, Prompt, Sequence, SequenceInput
 from declaim.engine.spec import ModelSpec
 from declaim.engine.stream import Event, Finished, RequestStream, Sink
+from declaim.engine.text import TextOptions
 from declaim.engine.threads import one_thread
 from declaim.engine.vocoder.base import Vocoder, Wake
 from declaim.engine.vocoder.inline import InlineVocoder
@@ -100,6 +103,9 @@ class _Ticket:
     samplings: tuple[ResolvedSampling, ...]
     paced: bool
     max_frames: int | None
+    tenant: str
+    weight: float
+    tier: Tier
     sink: Sink
 
 
@@ -319,11 +325,18 @@ class Engine:
                 param="guidance_scale",
             )
         voice = self._voice_of(request)
+        options = TextOptions(request.language, request.normalize, Lexicon.of(request.lexicon))
         prompts = tuple(
             self._model.tokenize(
-                text, voice_text=voice.transcript, voice_codes=voice.codes, sampling=resolved, speed=request.speed
+                segment.text,
+                voice_text=voice.transcript,
+                voice_codes=voice.codes,
+                sampling=resolved,
+                speed=request.speed,
+                language=request.language,
+                words=segment.words if request.word_timestamps else (),
             )
-            for text in self._model.segments(request.text)
+            for segment in self._model.segments(request.text, options)
         )
         ticket = _Ticket(
             request_id=request.request_id or _new_request_id(),
@@ -338,6 +351,9 @@ class Engine:
                 if sampling.max_seconds is not None
                 else None
             ),
+            tenant=request.tenant,
+            weight=request.weight,
+            tier=request.tier,
             sink=sink,
         )
         for i in range(len(prompts)):
@@ -448,6 +464,9 @@ class Engine:
                 sampling=ticket.samplings[segment],
                 prompt=ticket.prompts[segment],
                 arrived_at=now,
+                tenant=ticket.tenant,
+                weight=ticket.weight,
+                tier=ticket.tier,
             ),
             rule=self.spec.rule,
             playback=playback,

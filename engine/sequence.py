@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from declaim.engine import frames
 from declaim.engine.request import FinishReason, ResolvedSampling
 from declaim.engine.spec import FrameRule
+from declaim.engine.words import TimedWord
 
 
 @dataclass(slots=True)
@@ -41,6 +42,7 @@ class Prompt:
 
     prefix_len: positions before row 0, the same for every branch. cross_len: encoder positions of branch 0.
     prompt_frames: int32 [P, Q], the voice prompt. max_frames: the most new frames the segment may make.
+    words: those whose times are asked for.
     """
 
     text_ids: tuple[int, ...]
@@ -50,6 +52,7 @@ class Prompt:
     max_frames: int
     num_branches: int
     speed: float
+    words: tuple[TimedWord, ...] = field(default=(), kw_only=True)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -1,9 +1,9 @@
-"""Text before the model: cleaning, checking, English normalisation, cutting into segments.
+"""Text before the model: cleaning, checking, the caller's lexicon, normalisation, cutting into segments.
 
-Owns what every request's text goes through before any tokenizer or phonemizer sees it. It knows no voice and
-no model, never touches torch, and never raises on odd characters: only `check_text` refuses a text. The
+Owns what every request's text goes through before any tokenizer or phonemizer sees it; families call `speak`. It knows
+no voice and no model, never touches torch, and never raises on odd characters: only `check_text` refuses a text. The
 English rules are one table, `_RULES`, read top to bottom; each leaves words behind, so a later one sees no
-trace of it.
+trace of it. Chinese is written out by wetext (WeTextProcessing's rules), clause by clause.
 """
 
 from __future__ import annotations
@@ -11,13 +11,17 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from types import MappingProxyType
 
 from declaim.engine.errors import InvalidRequest, TooLong
+from declaim.engine.lexicon import Lexicon
+from declaim.engine.words import UNSPACED, Segment, TracedText
 
 Match = re.Match[str]
 Rule = tuple[re.Pattern[str], Callable[[Match], str]]
 
+MAX_GROWTH = 20  # characters said for one written, at most: a lexicon must not make a book of a line
 MAX_NUMBER_DIGITS = 15  # longer digit strings are identifiers, not amounts: read digit by digit
 
 # Line and separator controls are spaces; other controls, lone surrogates, soft hyphens, zero-width and
@@ -26,11 +30,21 @@ _SILENT = re.compile(
     "[\x00-\x08\x0e-\x1b\x7f-\x84\x86-\x9f\xad\u061c\u180e\u200b-\u200f\u202a-\u202e\u2060-\u206f\ufeff\ufff9-\uffff"
     "\ud800-\udfff\U000e0000-\U000e007f]"
 )
+_UNSPACED_RUN = re.compile(r"\S+")
+_HAN = re.compile("[\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003134f]")
+_KANA = re.compile("[\u3040-\u30ff]")
+# With a digit or a sign in it; the rest of Chinese is said as it is written, and the rules take their time.
+_CHINESE_CLAUSE = re.compile(r"[^，。！？；、\n]*[0-9０-９%％$￥¥€£℃°~～+=][^，。！？；、\n]*")
 
 
 def clean_text(text: str) -> str:
     """Composed (NFC) text without control, invisible or broken characters, single-spaced. Idempotent."""
-    return " ".join(unicodedata.normalize("NFC", _SILENT.sub("", text)).split())
+    return _cleaned(TracedText.of(text)).text
+
+
+def _cleaned(text: TracedText) -> TracedText:
+    text = text.sub(_SILENT, lambda _: "")
+    return text.sub(_UNSPACED_RUN, lambda m: unicodedata.normalize("NFC", m.group())).single_spaced()
 
 
 def is_speakable(text: str) -> bool:
@@ -53,6 +67,66 @@ def check_text(text: str, *, max_chars: int) -> None:
     if not is_speakable(text):
         shown = text if len(text) <= 20 else text[:20] + "…"
         raise InvalidRequest(f"text {shown!r} has no letter and no digit: send at least one word", param="text")
+
+
+@dataclass(frozen=True, slots=True)
+class TextOptions:
+    """How a request wants its text read.
+
+    language: an ISO 639-1 code; None leaves it to the family. normalize: whether numbers and the like are written out.
+    """
+
+    language: str | None = None
+    normalize: bool = True
+    lexicon: Lexicon = field(default_factory=Lexicon)
+
+
+def speak(
+    text: str, options: TextOptions, *, language: str | None, max_chars: int, max_segment_chars: int | None
+) -> list[Segment]:
+    """A caller's text as segments that a model can say, each with the caller's words that it says.
+
+    language: whose rules write out numbers, dates, money, units and addresses: "en" or "zh"; others, and None, leave
+    the text to the model. max_chars: the longest text taken, once cleaned. max_segment_chars: None keeps it whole.
+    Raises: InvalidRequest, TooLong.
+    """
+    cleaned = _cleaned(TracedText.of(text))
+    check_text(cleaned.text, max_chars=max_chars)
+    said = options.lexicon.apply(cleaned).single_spaced()
+    if options.normalize:
+        said = _normalized(said, language)
+    check_text(said.text, max_chars=MAX_GROWTH * max_chars)
+    pieces = [said.text] if max_segment_chars is None else segment(said.text, max_chars=max_segment_chars)
+    return said.segments(pieces, text)
+
+
+def guess_language(text: str) -> str:
+    """The language whose rules write a text out: "zh" for Han characters without kana, else "en"."""
+    return "zh" if _HAN.search(text) and not _KANA.search(text) else "en"
+
+
+def _normalized(text: TracedText, language: str | None) -> TracedText:
+    match language:
+        case "en":
+            return _in_english(text)
+        case "zh":
+            return text.sub(_CHINESE_CLAUSE, _in_chinese).single_spaced()
+        case _:
+            return text
+
+
+def _in_chinese(match: Match) -> str:
+    """A clause with its numbers, dates, money and units in Chinese. Raises: InvalidRequest without wetext."""
+    try:
+        from wetext import Normalizer  # type: ignore[import-untyped]
+    except ImportError as error:
+        raise InvalidRequest(
+            "numbers in Chinese text need the package wetext, which is not installed: write them out, or send"
+            " normalize: false",
+            param="normalize",
+        ) from error
+    said: str = Normalizer(lang="zh", operator="tn").normalize(match.group())
+    return said
 
 
 # Numbers in words.
@@ -131,7 +205,7 @@ def _address(match: Match) -> str:
     text = re.sub(r"^[a-z]+://", "", match.group(0), flags=re.IGNORECASE).rstrip("/")
     words = []
     for part in re.findall(r"[A-Za-z]+|\d+|[^A-Za-z\d\s]", text):
-        if part.isdigit():
+        if part.isascii() and part.isdigit():
             words.append(_whole(part))
         elif part.lower() == "www":
             words.append("W W W")
@@ -673,6 +747,11 @@ _DROPPED_KINDS = frozenset({"So", "Sk", "Cf", "Cc", "Cs", "Co", "Cn"})
 _KEPT_SYMBOLS = frozenset("°^`|")
 
 
+_MARKS = re.compile(f"[{re.escape(''.join(map(chr, _PLAIN_MARKS)))}]")
+# Raised 2 and 3 are powers to a later rule; NFKC would make plain digits of them.
+_COMPATIBILITY = re.compile("[^\x00-\x7f²³]+")
+_NOT_ASCII = re.compile("[^\x00-\x7f]")
+
 _RAISED_DIGITS = "⁰¹²³⁴⁵⁶⁷⁸⁹"
 _RAISED = re.compile(f"(?<=[0-9])(⁻?)([{_RAISED_DIGITS}]+)|[⁰¹⁴-⁹⁻]+")
 
@@ -687,26 +766,23 @@ def _raised(match: Match) -> str:
     return f" to the power of {'minus ' if match.group(1) else ''}{power} "
 
 
-def _plain(text: str) -> str:
+def _plain(text: TracedText) -> TracedText:
     """Typographic marks, digits of other scripts and compatibility forms to plain ones; pictures dropped."""
-    if text.isascii():
+    if text.text.isascii():
         return text
-    text = text.translate(_PLAIN_MARKS)
-    text = _RAISED.sub(_raised, text)
-    # Raised 2 and 3 are powers to a later rule; NFKC would make plain digits of them.
-    parts = re.split("([²³])", text)
-    text = "".join(part if part in ("²", "³") else unicodedata.normalize("NFKC", part) for part in parts)
-    characters = []
-    for character in text:
-        kind = unicodedata.category(character)
-        if kind == "Nd":
-            character = str(unicodedata.decimal(character))
-        elif kind in _DROPPED_KINDS and character not in _KEPT_SYMBOLS and not character.isspace():
-            character = " "
-        elif character in "\ufe0e\ufe0f\u20e3":
-            continue
-        characters.append(character)
-    return "".join(characters)
+    text = text.sub(_MARKS, lambda m: m.group().translate(_PLAIN_MARKS)).sub(_RAISED, _raised)
+    return text.sub(_COMPATIBILITY, lambda m: unicodedata.normalize("NFKC", m.group())).sub(_NOT_ASCII, _plain_one)
+
+
+def _plain_one(match: Match) -> str:
+    character = match.group()
+    kind = unicodedata.category(character)
+    if kind == "Nd":
+        return str(unicodedata.decimal(character))
+    if character in "\ufe0e\ufe0f\u20e3":
+        return ""
+    is_dropped = kind in _DROPPED_KINDS and character not in _KEPT_SYMBOLS and not character.isspace()
+    return " " if is_dropped else character
 
 
 def normalize_english(text: str) -> str:
@@ -714,18 +790,25 @@ def normalize_english(text: str) -> str:
 
     Words and punctuation stay; no ASCII digit is left. Never raises.
     """
-    text = " ".join(_plain(text).split())
+    return _in_english(TracedText.of(text)).text
+
+
+def _in_english(text: TracedText) -> TracedText:
+    text = _plain(text).single_spaced()
     for pattern, say in _RULES:
-        text = pattern.sub(say, text)
-    return " ".join(text.split()).lstrip(" ,;:").rstrip(" ,")
+        text = text.sub(pattern, say)
+    return text.single_spaced().strip(" ,;:", " ,")
 
 
 # Segments.
 
 _SENTENCE_END = re.compile(r"""(?:(?<![.!?…])[.!?…]+["'”’»)\]]*(?=\s))|(?:[。！？｡]+["'”’」』）】]*)""")
 _CLAUSE_END = re.compile(
-    r"""(?:[,;:…—–]["'”’»)\]]*(?=\s))|(?:[，；：、､]["'”’」』）】]*)|(?<=[^\d\s])[—–](?=[^\d\s])"""
+    r"""(?:[,;:…—–]["'”’»)\]]*(?=\s))|(?:(?:[，；：、､](?!\d)|(?<!\d)[，；：、､])["'”’」』）】]*)|(?<=[^\d\s])[—–](?=[^\d\s])"""
 )
+# Where a script without spaces must not be cut: between letters or digits of another, and beside a number's marks.
+_INSIDE_WORD = re.compile(rf"[^\W{UNSPACED}]{{2}}|\d[%％°]")
+_NUMBER_MARK = re.compile(r"\d[.,:/．，：](?=\d)|(?<=\d)[.,:/．，：]\d")
 _LAST_WORD = re.compile(r"[^\s(\[\"'“‘]*$")
 _NEVER_LAST = frozenset(
     "dr mr mrs ms prof st gen col capt sgt lt rev gov sen rep hon mt ft pres e.g i.e vs no nos vol fig "
@@ -814,11 +897,15 @@ def _best_cut(text: str, *, max_chars: int, min_chars: int) -> int:
     enough = [i for i in spaces if i >= len(text) - (num_parts - 1) * max_chars]
     if enough or spaces:
         return min(enough or spaces, key=lambda i: abs(i - target))
-    cut = max_chars
     # An accent stays with its letter.
-    while cut > 1 and unicodedata.combining(text[cut]):
-        cut -= 1
-    return cut if cut > 1 else max_chars
+    whole = [i for i in range(1, max_chars + 1) if not unicodedata.combining(text[i])]
+    between = [i for i in whole if i >= earliest and not _INSIDE_WORD.match(text, i - 1) and not _in_number(text, i)]
+    return (between or whole or [max_chars])[-1]
+
+
+def _in_number(text: str, cut: int) -> bool:
+    """Whether a cut would fall beside a mark inside a number, as in 3.5 or 12:30."""
+    return bool(_NUMBER_MARK.match(text, cut - 1) or (cut > 1 and _NUMBER_MARK.match(text, cut - 2)))
 
 
 def _joined(pieces: list[str], *, max_chars: int, min_chars: int) -> list[str]:

@@ -6,7 +6,7 @@ unconditional logits, min-p and a repetition penalty over two rows.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from declaim.engine.errors import InvalidRequest
 from declaim.engine.models.base import Prefill, StepContext
 from declaim.engine.models.layers import AttentionShape, AttentionWeights, MlpWeights, mlp, self_attention
-from declaim.engine.request import ResolvedSampling
+from declaim.engine.request import ControlValue, ResolvedSampling
 from declaim.engine.sequence import Prompt
 from declaim.engine.spec import (
     AllowedIds,
@@ -32,7 +32,9 @@ from declaim.engine.spec import (
     TopK,
     TopP,
 )
+from declaim.engine.text import TextOptions
 from declaim.engine.vocoder.base import DecodedWindow, Wake, Window, decode_window
+from declaim.engine.words import Segment, WordSpan
 from declaim.kernels.codebooks import codebook_embedding
 from declaim.kernels.linear import linear, pack_linear
 from declaim.kernels.norm import rms_norm
@@ -104,13 +106,24 @@ class FakeModel:
             supports_voice_prompt=True,
         )
 
-    def segments(self, text: str) -> list[str]:
+    def segments(self, text: str, options: TextOptions) -> list[Segment]:
         if not text.strip():
             raise InvalidRequest("text is empty", param="text")
-        return text.split("|")
+        return [Segment(piece) for piece in text.split("|")]
 
     def tokenize(
-        self, text: str, *, voice_text: str, voice_codes: NDArray[np.int32], sampling: ResolvedSampling, speed: float
+        self,
+        text: str,
+        *,
+        voice_text: str,
+        voice_codes: NDArray[np.int32],
+        sampling: ResolvedSampling,
+        speed: float,
+        language: str | None = None,
+        controls: Mapping[str, ControlValue] | None = None,
+        embedding: NDArray[np.float32] | None = None,
+        voice_name: str | None = None,
+        words: tuple[WordSpan, ...] = (),
     ) -> Prompt:
         text_ids = tuple(text.encode())
         return Prompt(

@@ -5,6 +5,7 @@ A family never sees blocks, batches or other requests; the engine never sees a f
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -12,10 +13,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from declaim.engine.request import ResolvedSampling
+from declaim.engine.request import ControlValue, ResolvedSampling
 from declaim.engine.sequence import Prompt
 from declaim.engine.spec import ModelSpec
 from declaim.engine.states import LayerState
+from declaim.engine.text import TextOptions
+from declaim.engine.words import Segment, WordSpan
 from declaim.kernels.attention import AttentionPlan
 from declaim.kernels.mamba import StatePlan
 
@@ -28,12 +31,14 @@ class Prefill:
     side: [num_rows, C], added to the embedding of each row.
     cross: K and V of every cross-attention layer, each [cross_len, kv_heads, head_dim].
     num_frames: the length, where the family knows it before the first step.
+    durations_s: float32 [len(text_ids)], how long each id of the prompt lasts, where the family knows it.
     """
 
     prefix: torch.Tensor | None = None
     side: torch.Tensor | None = None
     cross: tuple[tuple[torch.Tensor, torch.Tensor], ...] = ()
     num_frames: int | None = None
+    durations_s: NDArray[np.float32] | None = None
 
 
 LayerCache = tuple[torch.Tensor, torch.Tensor]
@@ -77,19 +82,32 @@ class SpeechModel(Protocol):
     @property
     def weight_bytes(self) -> int: ...
 
-    def segments(self, text: str) -> list[str]:
-        """Clean a text and cut it into pieces that are spoken as sequences of their own.
+    def segments(self, text: str, options: TextOptions) -> list[Segment]:
+        """Clean a text and cut it into pieces that are spoken as sequences of their own: `text.speak` does it.
 
         Raises: InvalidRequest, TooLong.
         """
         ...
 
     def tokenize(
-        self, text: str, *, voice_text: str, voice_codes: NDArray[np.int32], sampling: ResolvedSampling, speed: float
+        self,
+        text: str,
+        *,
+        voice_text: str,
+        voice_codes: NDArray[np.int32],
+        sampling: ResolvedSampling,
+        speed: float,
+        language: str | None = None,
+        controls: Mapping[str, ControlValue] | None = None,
+        embedding: NDArray[np.float32] | None = None,
+        voice_name: str | None = None,
+        words: tuple[WordSpan, ...] = (),
     ) -> Prompt:
         """Make one segment's prompt; cheap, on the caller's thread.
 
-        voice_text and voice_codes ([P, Q], P = 0 without a voice) are what the voice prompt says and its frames.
+        voice_text and voice_codes ([P, Q], P = 0 without a voice) are what the voice prompt says and its frames,
+        embedding what a speaker encoder made of it; voice_name one of `spec.voices`. controls: those of `spec.controls`
+        that the request sets. words: those to be timed; a family that can puts them into the prompt.
         Raises: InvalidRequest, TooLong.
         """
         ...

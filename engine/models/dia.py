@@ -30,7 +30,7 @@ from declaim.engine.models.layers import (
     mlp,
     swiglu,
 )
-from declaim.engine.request import ResolvedSampling
+from declaim.engine.request import ControlValue, ResolvedSampling
 from declaim.engine.safetensors_io import read_json
 from declaim.engine.sequence import Prompt
 from declaim.engine.spec import (
@@ -48,7 +48,8 @@ from declaim.engine.spec import (
     TopK,
     TopP,
 )
-from declaim.engine.text import check_text, clean_text
+from declaim.engine.text import TextOptions, clean_text, speak
+from declaim.engine.words import Segment, WordSpan
 from declaim.kernels.attention import paged_attention
 from declaim.kernels.codebooks import codebook_embedding
 from declaim.kernels.linear import Linear, linear
@@ -197,14 +198,24 @@ class DiaModel:
     def dtype(self) -> torch.dtype:
         return self._embedding.dtype
 
-    def segments(self, text: str) -> list[str]:
-        """Dia speaks a whole dialogue in one go: its voices carry over only within a sequence."""
-        cleaned = clean_text(text)
-        check_text(cleaned, max_chars=self._config.max_text_bytes)
-        return [cleaned]
+    def segments(self, text: str, options: TextOptions) -> list[Segment]:
+        """Dia speaks a whole dialogue in one go: its voices carry over only within a sequence. It was trained on
+        transcripts as they are written, so it reads numbers itself."""
+        return speak(text, options, language=None, max_chars=self._config.max_text_bytes, max_segment_chars=None)
 
     def tokenize(
-        self, text: str, *, voice_text: str, voice_codes: NDArray[np.int32], sampling: ResolvedSampling, speed: float
+        self,
+        text: str,
+        *,
+        voice_text: str,
+        voice_codes: NDArray[np.int32],
+        sampling: ResolvedSampling,
+        speed: float,
+        language: str | None = None,
+        controls: Mapping[str, ControlValue] | None = None,
+        embedding: NDArray[np.float32] | None = None,
+        voice_name: str | None = None,
+        words: tuple[WordSpan, ...] = (),
     ) -> Prompt:
         config = self._config
         text_ids = encode_text(f"{clean_text(voice_text)} {text}" if voice_text else text)
@@ -359,6 +370,7 @@ def _spec(config: DiaConfig, codec: CodecSpec, *, defaults: SamplingDefaults) ->
         has_side=False,
         supports_speed=False,
         supports_voice_prompt=True,
+        supports_dialogue=True,
     )
 
 

@@ -7,6 +7,7 @@ No cross-attention, no guidance, no end code. Source: engine/assets/lark/README.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,7 +30,7 @@ from declaim.engine.models.layers import (
     swiglu,
 )
 from declaim.engine.phonemes import Phonemizer
-from declaim.engine.request import ResolvedSampling
+from declaim.engine.request import ControlValue, ResolvedSampling
 from declaim.engine.safetensors_io import read_integer, read_json, read_number
 from declaim.engine.sequence import Prompt
 from declaim.engine.spec import (
@@ -43,7 +44,8 @@ from declaim.engine.spec import (
     TopK,
     TopP,
 )
-from declaim.engine.text import check_text, clean_text, normalize_english, segment
+from declaim.engine.text import TextOptions, speak
+from declaim.engine.words import Segment, TimedWord, WordSpan
 from declaim.kernels.codebooks import codebook_embedding
 from declaim.kernels.linear import Linear, linear
 from declaim.kernels.norm import add_rms_norm, rms_norm
@@ -225,13 +227,22 @@ class LarkModel:
     def dtype(self) -> torch.dtype:
         return self._embedding.dtype
 
-    def segments(self, text: str) -> list[str]:
-        cleaned = clean_text(text)
-        check_text(cleaned, max_chars=MAX_TEXT_CHARS)
-        return segment(normalize_english(cleaned), max_chars=MAX_SEGMENT_CHARS)
+    def segments(self, text: str, options: TextOptions) -> list[Segment]:
+        return speak(text, options, language="en", max_chars=MAX_TEXT_CHARS, max_segment_chars=MAX_SEGMENT_CHARS)
 
     def tokenize(
-        self, text: str, *, voice_text: str, voice_codes: NDArray[np.int32], sampling: ResolvedSampling, speed: float
+        self,
+        text: str,
+        *,
+        voice_text: str,
+        voice_codes: NDArray[np.int32],
+        sampling: ResolvedSampling,
+        speed: float,
+        language: str | None = None,
+        controls: Mapping[str, ControlValue] | None = None,
+        embedding: NDArray[np.float32] | None = None,
+        voice_name: str | None = None,
+        words: tuple[WordSpan, ...] = (),
     ) -> Prompt:
         if len(voice_codes):
             raise InvalidRequest("this model has one voice and cannot imitate another: leave voice out", param="voice")
@@ -258,7 +269,17 @@ class LarkModel:
             max_frames=max_frames,
             num_branches=1,
             speed=speed,
+            words=self._timed(text, words),
         )
+
+    def _timed(self, text: str, words: tuple[WordSpan, ...]) -> tuple[TimedWord, ...]:
+        """Which bytes say each word. A text is said from left to right: up to a word's end it has that word's bytes."""
+        timed: list[TimedWord] = []
+        for word in words:
+            # Without the speaker's byte a word cannot begin, without the end's it does.
+            first, last = (len(self._phonemizer.encode(text[:end])) - 1 for end in (word.first, word.last))
+            timed.append(TimedWord(word.text, first, last))
+        return tuple(timed)
 
     @torch.inference_mode()
     def prepare(self, prompt: Prompt) -> Prefill:
@@ -269,7 +290,7 @@ class LarkModel:
         num_frames = max(MIN_FRAMES, round(float(durations_s.sum()) * rate_hz))
         num_rows = min(num_frames, prompt.max_frames) + self.spec.rule.num_drain_rows
         side = self._text_side.side_vectors(encoded, durations_s, num_rows=num_rows, rate_hz=rate_hz)
-        return Prefill(side=side, num_frames=num_frames)
+        return Prefill(side=side, num_frames=num_frames, durations_s=durations_s.cpu().numpy())
 
     def durations_s(self, prompt: Prompt) -> torch.Tensor:
         """Seconds that each byte of the prompt lasts at speed 1, float32 [L]."""
