@@ -97,6 +97,8 @@ class Runner:
         self._prefills[sequence.sequence_id] = prefill
         if prefill.num_frames is not None:
             sequence.set_num_frames(prefill.num_frames)
+        if prefill.durations_s is not None:
+            sequence.time_words(prefill.durations_s)
 
     def has_begun(self, sequence: Sequence) -> bool:
         return sequence.sequence_id in self._prefills

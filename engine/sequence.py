@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from declaim.engine import frames
-from declaim.engine.request import FinishReason, ResolvedSampling
+from declaim.engine.request import FinishReason, ResolvedSampling, Word
 from declaim.engine.spec import FrameRule
 from declaim.engine.words import TimedWord
 
@@ -96,6 +96,9 @@ class Sequence:
     end_row: int | None = None
     finish_reason: FinishReason | None = None
 
+    # set by `time_words`
+    words: tuple[Word, ...] = ()  # seconds from the segment's start
+
     # set once below
     rows: NDArray[np.int32] = field(init=False)  # [max_rows, Q]
     forced: NDArray[np.int32] = field(init=False)
@@ -170,6 +173,13 @@ class Sequence:
         self.last_end_row = self.num_prompt_frames + min(num_frames, self.prompt.max_frames) + 1
         self.end_row = self.last_end_row
         self.finish_reason = "stop" if num_frames <= self.prompt.max_frames else "length"
+
+    def time_words(self, durations_s: NDArray[np.float32]) -> None:
+        """Tell when the prompt's words are heard, of how long each of its ids lasts. durations_s: [len(text_ids)]."""
+        ends = np.concatenate([[0.0], np.cumsum(durations_s, dtype=np.float64)])
+        self.words = tuple(
+            Word(word.text, float(ends[word.first]), float(ends[word.last])) for word in self.prompt.words
+        )
 
     def append(self, drawn: NDArray[np.int32]) -> None:
         """Add the row that was in flight. drawn: [Q]."""

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from declaim.engine.chunks import ChunkPlanner, ChunkPolicy, Cut
 from declaim.engine.errors import DeclaimError
-from declaim.engine.request import AudioChunk, FinishReason
+from declaim.engine.request import AudioChunk, FinishReason, Word
 from declaim.engine.sequence import Playback, Sequence
 from declaim.engine.spec import CodecSpec
 from declaim.engine.vocoder.base import DecodedWindow, Window
@@ -69,6 +69,7 @@ class RequestStream:
         self._decoded: list[dict[int, NDArray[np.float32]]] = [{} for _ in sequences]
         self._next_index = 0  # of the window delivered next, within sequence `playback.segment`
         self._num_delivered = 0
+        self._segment_first = 0  # frames delivered before the segment that is delivered next
         self._delivered_codes: list[NDArray[np.int32]] = []
         self.finish_reason: FinishReason | None = None
 
@@ -113,6 +114,7 @@ class RequestStream:
             if cut.is_last:
                 self.playback.segment += 1
                 self._next_index = 0
+                self._segment_first = self._num_delivered
 
     def codes(self) -> NDArray[np.int32]:
         """The codes of every chunk sent so far, [num_frames, Q]."""
@@ -147,6 +149,20 @@ class RequestStream:
                     sample_rate_hz=self._codec.sample_rate_hz,
                     is_last=is_last,
                     finish_reason=reason,
+                    words=self._words(sequence, cut.first, cut.first + num_frames),
                 )
             )
         self.finish_reason = reason
+
+    def _words(self, sequence: Sequence, first: int, last: int) -> tuple[Word, ...]:
+        """The words that begin in frames first .. last (exclusive) of a sequence; none is heard after it ends."""
+        rate_hz = self._codec.frame_rate_hz
+        most = len(sequence.rows) if self._max_frames is None else self._max_frames - self._segment_first
+        if sequence.end_row is not None:
+            most = min(most, sequence.end_row - 1 - sequence.num_prompt_frames)
+        offset_s = self._segment_first / rate_hz
+        return tuple(
+            Word(word.text, offset_s + word.start_s, offset_s + min(word.end_s, most / rate_hz))
+            for word in sequence.words
+            if first <= word.start_s * rate_hz < last
+        )

@@ -8,6 +8,7 @@ No cross-attention, no guidance, no end code. Source: engine/assets/lark/README.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from collections.abc import Sequence as Items
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -56,6 +57,7 @@ MAX_SEGMENT_CHARS = 120  # the voice was trained on sentences of 15 to 120 chara
 MIN_FRAMES = 4
 MIN_DURATION_S, MIN_LOG_DURATION_S = 0.025, 0.02
 MAX_POSITIONS = 2048
+_FOLLOWING = "of"  # a word that changes nothing in the one before it but that something follows
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,6 +183,8 @@ class LarkModel:
         self.spec = spec
         self._config = config
         self._phonemizer = phonemizer
+        marks = (phonemizer.byte_of_symbol.get(mark) for mark in " .,!?;:—")
+        self._pauses = frozenset(byte for byte in marks if byte is not None)
         self._text_side = _load_text_side(config, weights)
         self._layers = tuple(
             _load_block(weights, f"decoder.{i}", config.hidden, config.ffn, shape=config.shape)
@@ -269,16 +273,28 @@ class LarkModel:
             max_frames=max_frames,
             num_branches=1,
             speed=speed,
-            words=self._timed(text, words),
+            words=self._timed(text, text_ids, words),
         )
 
-    def _timed(self, text: str, words: tuple[WordSpan, ...]) -> tuple[TimedWord, ...]:
-        """Which bytes say each word. A text is said from left to right: up to a word's end it has that word's bytes."""
-        timed: list[TimedWord] = []
+    def _timed(self, text: str, text_ids: Items[int], words: tuple[WordSpan, ...]) -> tuple[TimedWord, ...]:
+        """Which bytes say each word, pauses beside it left out.
+
+        How a word is said hangs on its neighbours, so each is counted with all before it and a word after it.
+        """
+        encode, pauses = self._phonemizer.encode, self._pauses
+        begin, timed = 1, []  # the speaker's byte comes first
+        num_following = len(encode(f". {_FOLLOWING}")) - len(encode("."))
         for word in words:
-            # Without the speaker's byte a word cannot begin, without the end's it does.
-            first, last = (len(self._phonemizer.encode(text[:end])) - 1 for end in (word.first, word.last))
-            timed.append(TimedWord(word.text, first, last))
+            is_last = word.last >= len(text.rstrip())
+            end = len(text_ids) if is_last else len(encode(f"{text[: word.last]} {_FOLLOWING}")) - num_following
+            first, last = begin, min(end - 1, len(text_ids) - 1)
+            while first < last and text_ids[first] in pauses:
+                first += 1
+            while first < last and text_ids[last - 1] in pauses:
+                last -= 1
+            if first < last:
+                timed.append(TimedWord(word.text, first, last))
+            begin = max(begin, end - 1)
         return tuple(timed)
 
     @torch.inference_mode()
