@@ -211,7 +211,7 @@ class CodeModel(nn.Module):
         return self.norm(x)
 
     def grid(self, batch: Batch, codes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Delayed rows of `codes` [B, N, Q] that are fed, and which codes the next row holds: [B, T, Q] each, -1: none."""
+        """Delayed rows of `codes` [B, N, Q] that are fed, and the codes of the next row, -1 for none: [B, T, Q] each."""
         count = self.shape.num_codebooks
         device = codes.device
         num_rows = codes.shape[1] + count - 1
