@@ -189,7 +189,8 @@ class Ledger:
                 try:
                     self._insert(rows)
                     continue
-                except StoreUnavailable:
+                except StoreUnavailable as error:
+                    logger.warning("ledger_spills rows=%d error=%r", len(rows), error.detail)
                     self._retry_at = time.monotonic() + _RETRY_S
             self._write_spill(rows)
 
@@ -214,7 +215,6 @@ class Ledger:
         try:
             if self._spill is None:
                 self._spill = _open_spill(self._folder)
-                logger.warning("ledger_spills file=%s", self._spill.name)
             if os.fstat(self._spill.fileno()).st_size > self._max_spill_bytes:
                 self._lose(len(rows), f"{self._spill.name} has {self._max_spill_bytes} bytes and the database is away")
                 return

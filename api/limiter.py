@@ -155,8 +155,8 @@ class SharedLimits:
         except (StoreUnavailable, sa.exc.SQLAlchemyError) as error:
             # What these releases should have deleted is deleted by the next _renew.
             if not isinstance(error, StoreUnavailable):
-                logger.exception("limits_failed")
-                error = StoreUnavailable(str(error))
+                error = StoreUnavailable(" ".join(str(error).split()))
+            logger.error("limits_unavailable admissions=%d error=%r", len(admits), error.detail)
             answers = [(item, error) for item in admits]
         with self._changed:
             self._live |= {answer.id for _, answer in answers if isinstance(answer, Lease)}
@@ -259,7 +259,8 @@ class SharedLimits:
                     execution_options={"synchronize_session": False},
                 )
         except (StoreUnavailable, sa.exc.SQLAlchemyError) as error:
-            logger.warning("leases_not_renewed num_streams=%d error=%r", len(live), str(error))
+            detail = error.detail if isinstance(error, StoreUnavailable) else " ".join(str(error).split())
+            logger.warning("leases_not_renewed num_streams=%d error=%r", len(live), detail)
 
 
 def _begin(account: _Account | None, item: _Admit) -> Lease | Exception:

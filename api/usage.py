@@ -12,7 +12,7 @@ import binascii
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 from fastapi import APIRouter, Query, Request
 
@@ -86,12 +86,11 @@ def build_usage_router(gate: Gate, database: Database) -> APIRouter:
         bucket_width: Literal["1m", "1h", "1d"] = "1d",
         limit: Annotated[int | None, Query(ge=1)] = None,
         page: Annotated[str | None, Query(max_length=64)] = None,
-        group_by: Annotated[list[GroupBy] | None, Query(max_length=4)] = None,
-        group_by_brackets: Annotated[list[GroupBy] | None, Query(alias="group_by[]", max_length=4)] = None,
-        models: Annotated[list[str] | None, Query(max_length=_MAX_FILTERS)] = None,
-        models_brackets: Annotated[list[str] | None, Query(alias="models[]", max_length=_MAX_FILTERS)] = None,
-        api_key_ids: Annotated[list[str] | None, Query(max_length=_MAX_FILTERS)] = None,
-        api_key_ids_brackets: Annotated[list[str] | None, Query(alias="api_key_ids[]", max_length=_MAX_FILTERS)] = None,
+        group_by: Annotated[list[GroupBy] | None, Query(alias="group_by[]", max_length=4)] = None,
+        project_ids: Annotated[list[str] | None, Query(alias="project_ids[]", max_length=_MAX_FILTERS)] = None,
+        user_ids: Annotated[list[str] | None, Query(alias="user_ids[]", max_length=_MAX_FILTERS)] = None,
+        api_key_ids: Annotated[list[str] | None, Query(alias="api_key_ids[]", max_length=_MAX_FILTERS)] = None,
+        models: Annotated[list[str] | None, Query(alias="models[]", max_length=_MAX_FILTERS)] = None,
     ) -> UsagePage:
         """Characters and requests of the caller's tenant, in buckets of UTC time."""
         caller = await gate.authenticate(credential_of(request.headers, request.query_params))
@@ -108,12 +107,17 @@ def build_usage_router(gate: Gate, database: Database) -> APIRouter:
         if begin % width.seconds or begin > end + width.seconds:
             raise InvalidRequest("page is of another query: send the next_page of this one", param="page")
         stop = min(begin + (limit or width.default_limit) * width.seconds, -(-end // width.seconds) * width.seconds)
-        names = tuple(dict.fromkeys([*(group_by or ()), *(group_by_brackets or ())]))
-        only: dict[Group, Sequence[str]] = {}
-        if models or models_brackets:
-            only["model"] = [_storable(name) for name in [*(models or ()), *(models_brackets or ())]]
-        if api_key_ids or api_key_ids_brackets:
-            only["key_id"] = [_storable(name) for name in [*(api_key_ids or ()), *(api_key_ids_brackets or ())]]
+        names = tuple(dict.fromkeys([*(group_by or ()), *_plain_groups(request)]))
+        only: dict[Group, Sequence[str]] = {
+            column: [_storable(value) for value in values]
+            for column, values in (
+                ("tenant_id", _values(request, "project_ids", project_ids)),
+                ("key_id", _values(request, "api_key_ids", api_key_ids)),
+                ("model", _values(request, "models", models)),
+            )
+            if values
+        }
+        has_nothing = bool(_values(request, "user_ids", user_ids))
 
         def read() -> list[UsageSum]:
             with database.reader() as session:
@@ -128,7 +132,8 @@ def build_usage_router(gate: Gate, database: Database) -> APIRouter:
                     only=only,
                 )
 
-        sums = await asyncio.to_thread(read)
+        # No request is any single user's here, so those of some users are none.
+        sums = [] if has_nothing else await asyncio.to_thread(read)
         has_more = stop < end
         return UsagePage(
             data=[
@@ -152,6 +157,23 @@ def _result(item: UsageSum, names: Sequence[GroupBy]) -> UsageResult:
         api_key_id=by.get("api_key_id"),
         model=by.get("model"),
     )
+
+
+def _values(request: Request, name: str, bracketed: Sequence[str] | None) -> list[str]:
+    """A list that was sent as NAME[]=a&NAME[]=b, or as NAME=a&NAME=b, which is how people write it by hand."""
+    values = [*(bracketed or ()), *request.query_params.getlist(name)]
+    if len(values) > _MAX_FILTERS:
+        raise InvalidRequest(f"{name} has {len(values)} values: send at most {_MAX_FILTERS}", param=name)
+    return values
+
+
+def _plain_groups(request: Request) -> list[GroupBy]:
+    groups = {str(name): name for name in get_args(GroupBy)}
+    values = request.query_params.getlist("group_by")
+    for value in values:
+        if value not in groups:
+            raise InvalidRequest(f"group_by is {value!r}: use some of {', '.join(groups)}", param="group_by")
+    return [groups[value] for value in values]
 
 
 def _storable(text: str) -> str:

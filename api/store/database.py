@@ -7,7 +7,6 @@ file, one module for each owner. Synchronous: call it from a worker thread, neve
 from __future__ import annotations
 
 import fcntl
-import logging
 import os
 import sqlite3
 import time
@@ -27,8 +26,6 @@ from sqlalchemy.engine.interfaces import DBAPIConnection
 from sqlalchemy.pool import ConnectionPoolEntry
 
 from declaim.engine.errors import InvalidConfig, Overloaded
-
-logger = logging.getLogger(__name__)
 
 _MIGRATIONS = "declaim.api.store:migrations"
 # Any constant will do, as long as nobody else's program on the same PostgreSQL takes it.
@@ -222,5 +219,4 @@ def _tells_unavailable(database: Database) -> Iterator[None]:
         cause = error.orig if isinstance(error, sa.exc.DBAPIError) else error
         reason = " ".join(str(cause).split())
         detail = f"the database {database} cannot be used ({reason}): check that it runs and that its URL is right"
-        logger.warning("%s", detail)
         raise StoreUnavailable(detail) from error

@@ -156,6 +156,14 @@ def set_tenant(session: orm.Session, tenant_id: str, limits: Limits, *, now: flo
     if tenant is None:
         tenant = Tenant(id=tenant_id, created_at=now)
         session.add_all([tenant, TenantMeter(tenant_id=tenant_id)])
+    resized = {
+        bucket: None
+        for bucket, before, after in (
+            ("requests_left", tenant.requests_per_minute, limits.requests_per_minute),
+            ("chars_left", tenant.chars_per_minute, limits.chars_per_minute),
+        )
+        if before != after
+    }
     tenant.requests_per_minute = limits.requests_per_minute
     tenant.chars_per_minute = limits.chars_per_minute
     tenant.max_streams = limits.max_streams
@@ -163,6 +171,9 @@ def set_tenant(session: orm.Session, tenant_id: str, limits: Limits, *, now: flo
     tenant.weight = limits.weight
     tenant.tiers = ",".join(limits.tiers)
     session.flush()
+    if resized:
+        # A bucket of another size begins full: what the operator has just granted is there at once.
+        session.execute(sa.update(TenantMeter).where(TenantMeter.tenant_id == tenant_id).values(resized))
     return tenant
 
 
