@@ -108,15 +108,12 @@ def build_usage_router(gate: Gate, database: Database) -> APIRouter:
             raise InvalidRequest("page is of another query: send the next_page of this one", param="page")
         stop = min(begin + (limit or width.default_limit) * width.seconds, -(-end // width.seconds) * width.seconds)
         names = tuple(dict.fromkeys([*(group_by or ()), *_plain_groups(request)]))
-        only: dict[Group, Sequence[str]] = {
-            column: [_storable(value) for value in values]
-            for column, values in (
-                ("tenant_id", _values(request, "project_ids", project_ids)),
-                ("key_id", _values(request, "api_key_ids", api_key_ids)),
-                ("model", _values(request, "models", models)),
-            )
-            if values
+        filters: dict[Group, list[str]] = {
+            "tenant_id": _values(request, "project_ids", project_ids),
+            "key_id": _values(request, "api_key_ids", api_key_ids),
+            "model": _values(request, "models", models),
         }
+        only = {column: [_storable(value) for value in values] for column, values in filters.items() if values}
         has_nothing = bool(_values(request, "user_ids", user_ids))
 
         def read() -> list[UsageSum]:

@@ -73,8 +73,9 @@ def sum_usage(
 ) -> list[UsageSum]:
     """Add usage up in buckets of width_s that begin at `start`, up to but without `end`, both seconds since 1970.
 
-    since: rows before it are left out of the first bucket. tenant: whose rows; None is everybody's. only: keep rows whose column has one of these values. Requests that failed
-    by our fault (status 500 and above) are left out: nobody pays for them.
+    since: rows before it are left out of the first bucket. tenant: whose rows; None is everybody's. only: keep rows
+    whose column has one of these values. Requests that failed by our fault (status 500 and above) are left out: nobody
+    pays for them.
     """
     columns = [getattr(UsageRow, name) for name in group_by]
     quotient = (UsageRow.at - start) / width_s
