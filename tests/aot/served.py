@@ -3,6 +3,7 @@ while launches are recorded instead of made."""
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Sequence as Items
 from pathlib import Path
@@ -13,6 +14,7 @@ from transformers import DiaConfig as HfDiaConfig
 
 from declaim.engine.batch import Batch, Entry
 from declaim.engine.checkpoint import Checkpoint
+from declaim.engine.config import Int4Recipe
 from declaim.engine.graphs import GraphRunner
 from declaim.engine.loader import EMBEDDED_FOLDER
 from declaim.engine.models import dia, lark
@@ -25,35 +27,45 @@ from declaim.engine.sequence import Playback, Prompt, Sequence, SequenceInput
 from declaim.engine.spec import CodecSpec
 from declaim.kernels import backend
 from declaim.kernels.backend import Variant
+from declaim.kernels.int4 import Int4Weight
 
 META = torch.device("meta")
+# More layers are int4 here than any family's table allows: a caller may have int4_keep_dense name fewer.
+NEVER_INT4 = ("*embedding*", "logits_dense.*", "head.*", "duration.*", "side_proj.*")
 BLOCK_SIZE, MAX_BATCH, MAX_STEP_POSITIONS = 32, 128, 256
 SAMPLING = ResolvedSampling(1.0, 45, 0.95, 0.0, 1.0, 3.0, 0, 30.0)
 DAC = CodecSpec(sample_rate_hz=44100, hop=512, left=10, right=10, num_codebooks=9, codebook_size=1024)
 
 
 class WeightlessCheckpoint(Checkpoint):
-    """Hands out tensors of any shape that is asked for, without memory."""
+    """Hands out tensors of any shape that is asked for, without memory; int4 where the recipe says so."""
 
-    def __init__(self, *, dtype: torch.dtype) -> None:
+    def __init__(self, *, dtype: torch.dtype, recipe: Int4Recipe | None) -> None:
         self.folder = Path("weightless")
         self.weight_bytes = 0
         self._dtype = dtype
         self._device = META
+        self._recipe = recipe
 
     def take(self, name: str, shape: Items[int]) -> torch.Tensor:
         return torch.empty(tuple(shape), dtype=self._dtype, device=META)
 
+    def _take_int4(self, name: str, shape: tuple[int, int], group_size: int) -> Int4Weight:
+        num_out, num_in = shape
+        packed = torch.empty(-(-num_in // 128) * 16, num_out, dtype=torch.int32, device=META)
+        scales, offsets = (torch.empty(num_in // group_size, num_out, device=META) for _ in range(2))
+        return Int4Weight(packed, scales, offsets, num_in)
 
-def dia_model(dtype: torch.dtype) -> SpeechModel:
+
+def dia_model(dtype: torch.dtype, recipe: Int4Recipe | None) -> SpeechModel:
     """Dia-1.6B."""
     config = dia.DiaConfig.read(HfDiaConfig().to_dict(), source=Path("Dia-1.6B"))
     spec = dia._spec(config, DAC, defaults=dia._defaults({}))
     with torch.inference_mode():
-        return dia.DiaModel(config, WeightlessCheckpoint(dtype=dtype), spec=spec)
+        return dia.DiaModel(config, WeightlessCheckpoint(dtype=dtype, recipe=recipe), spec=spec)
 
 
-def lark_model(dtype: torch.dtype) -> SpeechModel:
+def lark_model(dtype: torch.dtype, recipe: Int4Recipe | None) -> SpeechModel:
     """The embedded voice."""
     config = lark.LarkConfig.read(EMBEDDED_FOLDER / "config.json")
     codec = CodecSpec(
@@ -67,7 +79,7 @@ def lark_model(dtype: torch.dtype) -> SpeechModel:
     with torch.inference_mode():
         return lark.LarkModel(
             config,
-            WeightlessCheckpoint(dtype=dtype),
+            WeightlessCheckpoint(dtype=dtype, recipe=recipe),
             spec=lark._spec(config, codec),
             phonemizer=Phonemizer.load(EMBEDDED_FOLDER),
         )
@@ -76,10 +88,10 @@ def lark_model(dtype: torch.dtype) -> SpeechModel:
 MODELS = {"dia": dia_model, "lark": lark_model}
 
 
-def served_variants(name: str, dtype: torch.dtype, capability: int) -> dict[str, Variant]:
+def served_variants(name: str, dtype: torch.dtype, capability: int, *, is_int4: bool) -> dict[str, Variant]:
     """What a model launches on a card of this compute capability: prompts of some lengths, and steps of any size."""
     with backend.recording(capability) as record:
-        model = MODELS[name](dtype)
+        model = MODELS[name](dtype, Int4Recipe(NEVER_INT4) if is_int4 else None)
         runner = Runner(model, num_blocks=4096, num_cross_blocks=1024, block_size=BLOCK_SIZE)
         for num_text in (1, 40, 200):
             for num_prompt in (0, 30, MAX_STEP_POSITIONS // 2 - 2):
@@ -123,10 +135,15 @@ LIST = Path(__file__).parent / "variants.txt"
 CAPABILITIES = (75, 80, 86, 89, 90, 100)
 
 
+@functools.cache
 def all_served(capability: int) -> dict[str, Variant]:
-    """Every variant that serving any model launches on such a card, in the 16-bit type it would pick there."""
+    """Every variant that serving any model launches on such a card, in the 16-bit type it would pick there and int4."""
     dtype = torch.float16 if capability < 80 else torch.bfloat16
-    return {key: variant for name in MODELS for key, variant in served_variants(name, dtype, capability).items()}
+    found: dict[str, Variant] = {}
+    for name in MODELS:
+        for is_int4 in (False, True):
+            found |= served_variants(name, dtype, capability, is_int4=is_int4)
+    return found
 
 
 def main() -> None:

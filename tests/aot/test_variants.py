@@ -8,10 +8,13 @@ with `python -m tests.aot.served`.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import subprocess
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -27,6 +30,12 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 SHARED_LIMIT = {75: 64 << 10, 80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10}
 # Bytes of local memory a thread may spill, which costs little; more is a wrong tile.
 STACK_LIMIT = 64
+# 16 bytes in one load from global memory, to registers or to shared memory.
+WIDE_LOAD = re.compile(
+    r"ld\.global[.\w:]*\.(v4\.b32|v4\.u32|v2\.b64|v2\.u64)|cp\.async\.cg\.shared\.global [^;]*\b(16|0x10)\b"
+)
+# What reads weights, or K and V: nearly all bytes of a step. Where there is no tl.dot, threads share narrower tiles.
+READS_WIDE = ("_matmul_kernel", "_w4a16_kernel", "_dequantize_kernel", "_split_attention_kernel", "_attention_kernel")
 CUOBJDUMP = Path(triton.backends.nvidia.__file__).parent / "bin" / "cuobjdump"
 
 
@@ -37,15 +46,24 @@ def test_serving_launches_what_the_list_says(capability: int) -> None:
     assert served == wanted, "serving launches other variants: look at them, then run `python -m tests.aot.served`"
 
 
-def compile_all(capability: int, part: int, num_parts: int) -> list[tuple[str, int, int, bool]]:
-    """Compile a part of the variants. Returns names, shared memory and stack in bytes, and whether they load wide."""
+@dataclass(frozen=True)
+class Compiled:
+    """What the compiler made of a variant. shared, stack: bytes of a program, and of a thread."""
+
+    key: str
+    shared: int
+    stack: int
+    loads_wide: bool
+
+
+def compile_part(capability: int, part: int, num_parts: int) -> list[Compiled]:
+    """Compile every num_parts-th variant."""
     found = []
     for key, variant in sorted(all_served(capability).items())[part::num_parts]:
         compiled = backend.compile_variant(variant, capability)
         usage = resource_usage(compiled.asm["cubin"])
         stack = max((int(size) for size in re.findall(r"STACK:(\d+)", usage)), default=0)
-        has_wide_loads = any(word in compiled.asm["ptx"] for word in (".v4.b32", ".v2.b64", "cp.async.cg", ".v4.u32"))
-        found.append((key, compiled.metadata.shared, stack, has_wide_loads))
+        found.append(Compiled(key, compiled.metadata.shared, stack, bool(WIDE_LOAD.search(compiled.asm["ptx"]))))
     return found
 
 
@@ -59,15 +77,28 @@ def resource_usage(cubin: bytes) -> str:
     return done.stdout + done.stderr
 
 
+@pytest.fixture(scope="module")
+def workers() -> Iterator[list[ProcessPoolExecutor]]:
+    """A process for each core, for all cards, because starting one takes as long as ten variants."""
+    with contextlib.ExitStack() as stack:
+        context = get_context("spawn")
+        pools = [ProcessPoolExecutor(1, mp_context=context) for _ in os.sched_getaffinity(0)]
+        yield [stack.enter_context(pool) for pool in pools]
+
+
 @pytest.mark.parametrize("capability", CAPABILITIES)
-def test_every_variant_compiles_within_the_limits_of_the_card(capability: int) -> None:
-    num_parts = max(1, len(os.sched_getaffinity(0)))
-    with ProcessPoolExecutor(num_parts, mp_context=get_context("spawn")) as pool:
-        parts = [pool.submit(compile_all, capability, part, num_parts) for part in range(num_parts)]
-        found = [row for part in parts for row in part.result()]
-    assert len(found) > 15
-    for key, shared, stack, has_wide_loads in found:
-        assert shared <= SHARED_LIMIT[capability], f"{key} takes {shared} bytes of shared memory"
-        assert stack <= STACK_LIMIT, f"{key} spills {stack} bytes"
-        if key.startswith(("_matmul_kernel", "_split_attention_kernel", "_attention_kernel", "_w4a16_kernel")):
-            assert has_wide_loads, f"{key} loads a few bytes at a time"
+def test_every_variant_compiles_within_the_limits_of_the_card(
+    capability: int, workers: list[ProcessPoolExecutor]
+) -> None:
+    parts = [worker.submit(compile_part, capability, i, len(workers)) for i, worker in enumerate(workers)]
+    found = [compiled for part in parts for compiled in part.result()]
+    assert {compiled.key for compiled in found} == set(all_served(capability))
+    for compiled in found:
+        key = compiled.key
+        assert compiled.shared <= SHARED_LIMIT[capability], f"{key} takes {compiled.shared} bytes of shared memory"
+        assert compiled.stack <= STACK_LIMIT, f"{key} spills {compiled.stack} bytes"
+        is_checked = capability >= 80 and key.startswith(READS_WIDE)
+        assert compiled.loads_wide or not is_checked, f"{key} loads a few bytes at a time"
+    kernels = {compiled.key.split()[0] for compiled in found}
+    assert {"_split_attention_kernel", "_guided_sample_kernel", "_dequantize_kernel"} <= kernels
+    assert ("_w4a16_kernel" in kernels) == (capability >= 80)  # below, int4 is dequantized and multiplied by cuBLAS
