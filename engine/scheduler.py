@@ -41,6 +41,7 @@ from declaim.engine.sequence import Playback, Sequence
 SEGMENT_LEAD_S = 2.0  # how much later a segment is needed for each unfinished one before it
 FLEX_PATIENCE_S = 30.0  # how long default traffic may hold back a flex sequence
 DRY_SOON_S = 1.0  # a tenant held to its share serves streams with less than this in hand before new ones
+PLACES_PER_QUANTUM = 32  # a large batch is shared out a few places at a time
 
 _TIERS = {"priority": 0, "default": 1, "flex": 2}
 _YIELDING = 2 * len(_TIERS)  # the level of what is too far ahead; before it two a tier: listened to, and not
@@ -78,6 +79,8 @@ class _Place:
 
     sequence: Sequence
     listener: _Listener
+    tenant: str
+    weight: float
     num_branches: int
     decode: Entry  # one position, from which a row is drawn: the same object every step
     entry: Entry | None  # its part in the step being planned, if it is picked
@@ -89,6 +92,7 @@ class _Place:
 
 
 _rank = attrgetter("rank")
+_tenant = attrgetter("tenant")
 _num_branches = attrgetter("num_branches")
 
 
@@ -192,7 +196,15 @@ class Scheduler:
         """Queue a sequence that `check_fits`."""
         playback, decode = sequence.playback, Entry(sequence, 1, draws=True)
         listener = self._listeners.setdefault(id(playback), _Listener(playback, playback.delivered_s, playback.segment))
-        place = _Place(sequence, listener, sequence.num_branches, decode=decode, entry=decode)
+        place = _Place(
+            sequence,
+            listener,
+            sequence.given.tenant,
+            sequence.given.weight,
+            sequence.num_branches,
+            decode=decode,
+            entry=decode,
+        )
         listener.places.append(place)
         self._places[sequence.sequence_id] = place
         self._new.append(place)
@@ -284,7 +296,7 @@ class Scheduler:
         place.rank, place.alarm_at = rank, alarm_at
         if alarm_at is not None:
             heapq.heappush(self._alarms, (alarm_at, given.sequence_id, place))
-        place.line = self._levels[level].setdefault(given.tenant, _Line(level, given.tenant))
+        place.line = self._levels[level].setdefault(place.tenant, _Line(level, place.tenant))
         place.line.insert(place)
 
     def _leave_line(self, place: _Place) -> None:
@@ -346,13 +358,14 @@ class Scheduler:
             queues = {tenant: line.in_order(room, dry_by=dry_by) for tenant, line in lines.items()}
             chosen: list[_Place] = []
             num_served: Counter[str] = Counter()
-            for place in shares.in_turn(queues) if is_shared else next(iter(queues.values())):
+            quantum = 1 + room // PLACES_PER_QUANTUM
+            for place in shares.in_turn(queues, quantum=quantum) if is_shared else next(iter(queues.values())):
                 if not room:
                     break
                 sequence = place.sequence
                 if sequence.num_rows + sequence.num_in_flight >= place.plain_until:
                     if not sequence.can_step:
-                        num_served[sequence.given.tenant] += 1
+                        num_served[place.tenant] += 1
                         continue
                     if sequence.sequence_id in self._preempted:
                         continue
@@ -366,9 +379,9 @@ class Scheduler:
                 room -= 1
                 budget -= place.num_branches
                 if is_shared:
-                    shares.charge(sequence.given.tenant, sequence.given.weight)
+                    shares.charge(place.tenant, place.weight)
             if is_shared:
-                num_served.update(place.sequence.given.tenant for place in chosen)
+                num_served.update(map(_tenant, chosen))
                 shares.settle(tenant for tenant, line in lines.items() if line.num_places > num_served[tenant])
             picked += sorted(chosen, key=_rank)
         return picked
@@ -421,12 +434,11 @@ class Scheduler:
         still hold as much for their weights as the newcomer's would: so that none can take them back.
         """
         givers: list[_Place] = []
-        weight = newcomer.sequence.given.weight
-        held = (line.num_blocks() + self._num_blocks_for(newcomer.sequence)) / weight
+        held = (line.num_blocks() + self._num_blocks_for(newcomer.sequence)) / newcomer.weight
         for other in self._levels[line.level].values():
             if other is line or not other.running:
                 continue
-            other_weight = other.running[0].sequence.given.weight
+            other_weight = other.running[0].weight
             other_held = other.num_blocks()
             for place in reversed([place for place in other.running if place.rank[0] != _PLAYING]):
                 other_held -= _num_blocks(place)
@@ -493,7 +505,7 @@ class Scheduler:
         many = [line for line in running if len(line.running) > 1]
         if len(running) == 1 or not many:
             return max((line.running[-1] for line in running), key=_rank)
-        greediest = max(many, key=lambda line: line.num_blocks() / line.running[0].sequence.given.weight)
+        greediest = max(many, key=lambda line: line.num_blocks() / line.running[0].weight)
         num_silent = _split(greediest.running, _PLAYING)
         if greediest is needy.line or not num_silent:
             return greediest.running[-1]
