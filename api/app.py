@@ -10,7 +10,7 @@ import asyncio
 import os
 import time
 from collections.abc import AsyncIterator, Iterable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import asynccontextmanager
 
 from fastapi import APIRouter, FastAPI, Request, Response
@@ -24,6 +24,7 @@ from declaim.api.cache import ResultCache
 from declaim.api.errors import install_error_handlers
 from declaim.api.gate import Gate, OpenGate, credential_of
 from declaim.api.metrics import ServerMetrics
+from declaim.api.page import page_file, wants_page
 from declaim.api.rendering import Renders
 from declaim.api.schemas import AudioModelList, Greeting, ModelCard, ModelList, ModelVoice, Readiness
 from declaim.api.serving import Serving
@@ -34,8 +35,6 @@ from declaim.api.voices import own_voice
 from declaim.engine.errors import VoiceNotFound
 from declaim.engine.request import EncodedVoice, Voice
 
-# Encoding leaves the interpreter's lock for most of its time; more threads than cores gain nothing.
-_MAX_ENCODE_THREADS = 8
 # Beyond those that a page may always read.
 _EXPOSED_HEADERS = (
     "x-request-id",
@@ -87,18 +86,20 @@ def create_app(
     gate: Gate | None = None,
     voices: Voices | None = None,
     settings: ApiSettings | None = None,
+    workers: Executor | None = None,
     routers: Iterable[APIRouter] = (),
 ) -> ASGIApp:
     """Build the application; its lifespan starts `serving` and closes it.
 
-    gate: None lets everybody in. voices: None knows the model's own. routers: what else is served.
+    gate: None lets everybody in. voices: None knows the model's own. workers: threads that encode, shut down with it;
+    None makes as many as there are cores. routers: what else is served.
 
     Raises: OSError where the settings' cache folder cannot be used.
     """
     gate = gate or OpenGate()
     settings = settings or ApiSettings()
     metrics = ServerMetrics(serving)
-    workers = ThreadPoolExecutor(min(_MAX_ENCODE_THREADS, os.cpu_count() or 1), "declaim-encode")
+    workers = workers or ThreadPoolExecutor(os.cpu_count() or 1, "declaim-encode")
     cache = None
     if settings.cache_folder is not None:
         cache = ResultCache(settings.cache_folder, max_bytes=settings.cache_bytes)
@@ -194,12 +195,14 @@ def _build_health_router(serving: Serving, metrics: ServerMetrics) -> APIRouter:
     router = APIRouter()
 
     @router.head("/", include_in_schema=False)
-    @router.get("/")
+    @router.get("/", response_model=Greeting)
     @router.head("/v1", include_in_schema=False)
-    @router.get("/v1")
-    async def greet() -> Greeting:
-        """There is a server: clients ask before their first request, to have a connection open."""
-        return Greeting(status=serving.stage)
+    @router.get("/v1", response_model=Greeting)
+    async def greet(request: Request) -> Response:
+        """There is a server: clients ask early, to have a connection open. A browser gets the playground."""
+        if request.url.path == "/" and wants_page(request):
+            return page_file("index.html")
+        return JSONResponse(Greeting(status=serving.stage).model_dump())
 
     @router.head("/health", include_in_schema=False)
     @router.get("/health")

@@ -9,20 +9,19 @@ from __future__ import annotations
 
 import logging
 import os
-import signal
 import socket
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from types import FrameType
-from typing import TYPE_CHECKING, Annotated, Literal, NoReturn, Protocol
+from typing import TYPE_CHECKING, Annotated, Literal, Protocol
 
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
+from declaim.api.admin_cli import OpenDatabase, add_admin_commands, open_store
 from declaim.api.models import build_models_cli, open_default_hub, quantize
 from declaim.api.plan import plan
 from declaim.api.terminal import StageBars, exit_with, exits_on_error
@@ -35,10 +34,6 @@ if TYPE_CHECKING:
     from declaim.engine.request import Voice
 
 DEFAULT_MODEL = "lark"
-_DRAIN_S = 10
-# Clients pool connections for a minute or two; closing first makes a request of theirs fail now and then.
-_KEEP_ALIVE_S = 130
-
 DType = Literal["auto", "float32", "float16", "bfloat16", "int4"]
 VocoderKind = Literal["inline", "ray"]
 
@@ -56,14 +51,29 @@ def load_engine(model: str, config: EngineConfig, progress: ProgressCallback) ->
     return Engine.from_pretrained(model, config, progress)
 
 
-def build_cli(factory: EngineFactory = load_engine, *, open_hub: Callable[[], Hub] = open_default_hub) -> typer.Typer:
-    """The commands, with engines made by `factory` and models kept in what `open_hub` gives."""
+def build_cli(
+    factory: EngineFactory = load_engine,
+    *,
+    open_hub: Callable[[], Hub] = open_default_hub,
+    open_database: OpenDatabase = open_store,
+) -> typer.Typer:
+    """The commands: engines are made by `factory`, models kept in what `open_hub` gives, the rest in a database.
+
+    Every option can come from the environment: DECLAIM_SERVE_PORT is `declaim serve --port`.
+    """
     description = "Serve and speak with autoregressive text-to-speech models."
-    app = typer.Typer(name="declaim", help=description, no_args_is_help=True, add_completion=False)
+    app = typer.Typer(
+        name="declaim",
+        help=description,
+        no_args_is_help=True,
+        add_completion=False,
+        context_settings={"auto_envvar_prefix": "DECLAIM"},
+    )
 
     app.add_typer(build_models_cli(open_hub), name="models")
     app.command()(quantize)
     app.command()(plan)
+    add_admin_commands(app, open_database)
 
     @app.command()
     def say(
@@ -128,14 +138,50 @@ def build_cli(factory: EngineFactory = load_engine, *, open_hub: Callable[[], Hu
         ] = None,
         max_batch: Annotated[int, typer.Option(help="Sequences in one step.")] = 32,
         max_waiting: Annotated[int, typer.Option(help="Sequences that may wait; more are refused.")] = 256,
+        eager: Annotated[bool, typer.Option("--eager", help="On a GPU, no captured graphs: slower, to debug.")] = False,
+        no_auth: Annotated[bool, typer.Option("--no-auth", help="Let everybody in, keys or not.")] = False,
+        database_url: Annotated[
+            str | None,
+            typer.Option(
+                envvar="DECLAIM_DATABASE_URL",
+                help="Keys, voices and usage: sqlite:///PATH or postgresql://USER:PASSWORD@HOST/NAME; by default a "
+                "SQLite file in your data folder.",
+            ),
+        ] = None,
+        max_input_chars: Annotated[int, typer.Option(help="The longest input.")] = 4096,
+        strict: Annotated[bool, typer.Option("--strict", help="Refuse fields that are not known.")] = False,
+        public_listings: Annotated[
+            bool, typer.Option("--public-listings", help="List models and own voices without a key.")
+        ] = False,
+        cors_origin: Annotated[
+            list[str] | None, typer.Option(help="A web page's origin that may call; * is any. Repeatable.")
+        ] = None,
+        cache_dir: Annotated[
+            Path | None, typer.Option(help="Keep answers here, to give them again for the same request.")
+        ] = None,
+        cache_gb: Annotated[float, typer.Option(help="The most that --cache-dir may hold.")] = 1.0,
+        drain_seconds: Annotated[
+            float, typer.Option(min=0.0, help="The longest that running streams hold up a stop.")
+        ] = 25.0,
         log_level: Annotated[
             Literal["debug", "info", "warning", "error"], typer.Option(help="The least to log.")
         ] = "info",
     ) -> None:
         """Serve the OpenAI speech API over HTTP."""
+        from declaim.api.server import ServerOptions, check_open_to, run_server
+        from declaim.api.settings import ApiSettings
+        from declaim.api.store.database import StoreUnavailable
         from declaim.engine import EngineConfig
 
         with exits_on_error():
+            settings = ApiSettings(
+                max_input_chars=max_input_chars,
+                strict=strict,
+                public_listings=public_listings,
+                cors_origins=tuple(cors_origin or ()),
+                cache_folder=cache_dir,
+                cache_bytes=int(cache_gb * 1e9),
+            )
             config = EngineConfig(
                 device=device,
                 dtype=dtype,
@@ -145,6 +191,7 @@ def build_cli(factory: EngineFactory = load_engine, *, open_hub: Callable[[], Hu
                 memory_gb=memory_gb,
                 vocoder_workers=_parse_workers(workers),
                 ray_address=ray_address,
+                eager=eager,
             )
         logging.basicConfig(
             level=log_level.upper(), format="time=%(asctime)s level=%(levelname)s logger=%(name)s %(message)s"
@@ -153,8 +200,22 @@ def build_cli(factory: EngineFactory = load_engine, *, open_hub: Callable[[], Hu
         url = _url_of(listener)
         body = f'{{"model":"{model}","input":"Hello.","response_format":"wav"}}'
         curl = f"curl {url}/v1/audio/speech -H 'content-type: application/json' -d '{body}' -o hello.wav"
-        print(f"declaim serves {model} at {url} as soon as {url}/ready says so; try: {curl}", flush=True)
-        _serve(lambda progress: factory(model, config, progress), listener)
+        with exits_on_error(), listener:
+            try:
+                database = open_database(database_url)
+                has_keys = check_open_to(host, database, is_open=no_auth)
+            except StoreUnavailable as error:
+                exit_with(error.detail, code=1)
+            print(f"declaim serves {model} at {url} as soon as {url}/ready says so; try: {curl}", flush=True)
+            if no_auth or not has_keys:
+                print(f"It lets everybody in who can reach {host}: {_how_open(no_auth)}", flush=True)
+            options = ServerOptions(settings, is_open=no_auth, drain_s=drain_seconds)
+            failure = run_server(
+                lambda progress: factory(model, config, progress), listener, database, options, host=host
+            )
+            database.close()
+        if failure is not None:
+            exit_with(f"the model could not be served: {failure}", code=1)
 
     return app
 
@@ -257,47 +318,12 @@ def _bind(host: str, port: int) -> socket.socket:
     return listener
 
 
+def _how_open(no_auth: bool) -> str:
+    if no_auth:
+        return "--no-auth asks for no key."
+    return "there is no API key. `declaim keys create --tenant NAME` makes one, and then every request needs one."
+
+
 def _url_of(listener: socket.socket) -> str:
     host, port = listener.getsockname()[:2]
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
-
-
-def _serve(load: Callable[[ProgressCallback], SpeechEngine], listener: socket.socket) -> None:
-    """Serve until a signal comes or the model cannot be loaded."""
-    import uvicorn
-
-    from declaim.api.app import create_app
-    from declaim.api.serving import Serving
-
-    def stop() -> None:
-        server.should_exit = True
-
-    async def hear_sigterm() -> None:
-        # Ray's C++ side takes SIGTERM for itself when it starts, in the thread that loads: take it back.
-        signal.signal(signal.SIGTERM, server.handle_exit)
-
-    serving = Serving(lambda: load(serving.report), on_failure=stop)
-    config = uvicorn.Config(
-        create_app(serving),
-        log_config=None,
-        log_level="warning",
-        access_log=False,
-        lifespan="on",
-        timeout_keep_alive=_KEEP_ALIVE_S,
-        timeout_graceful_shutdown=_DRAIN_S,
-        callback_notify=hear_sigterm,
-        timeout_notify=0,
-    )
-    server = uvicorn.Server(config)
-    # Uvicorn, once stopped, sends itself the signal again; SIGTERM by default would then skip every clean-up.
-    signal.signal(signal.SIGTERM, _exit_cleanly)
-    try:
-        server.run(sockets=[listener])
-    except KeyboardInterrupt:
-        return
-    if serving.failure is not None:
-        exit_with(f"the model could not be served: {serving.failure}", code=1)
-
-
-def _exit_cleanly(number: int, frame: FrameType | None) -> NoReturn:
-    sys.exit(0)

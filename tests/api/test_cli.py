@@ -64,6 +64,8 @@ def check_failed(result: Result, code: int, *words: str) -> None:
 @pytest.fixture(autouse=True)
 def in_tmp_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("DECLAIM_DATABASE_URL", f"sqlite:///{tmp_path}/declaim.db")
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
 
 
 def test_say_writes_a_16_bit_wav_at_the_models_rate_and_says_how_it_went() -> None:

@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import httpx
 import numpy as np
@@ -26,12 +27,13 @@ TEXT = "The quick brown fox jumps over the lazy dog, and then it goes home."
 
 
 @contextmanager
-def serve(vocoder: str) -> Iterator[tuple[str, subprocess.Popen[str]]]:
-    """A ready server process; stopped by SIGTERM afterwards, unless it has been."""
+def serve(vocoder: str, folder: Path) -> Iterator[tuple[str, subprocess.Popen[str]]]:
+    """A ready server process that keeps its files in `folder`; stopped by SIGTERM afterwards, unless it has been."""
     command = [sys.executable, "-c", "from declaim.api.cli import main; main()", "serve", "--port", "0"]
+    database_url = f"sqlite:///{folder}/declaim.db"
     with subprocess.Popen(
-        [*command, "--vocoder", vocoder, "--device", "cpu"],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        [*command, "--vocoder", vocoder, "--device", "cpu", "--database-url", database_url],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "XDG_STATE_HOME": str(folder)},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -50,8 +52,8 @@ def serve(vocoder: str) -> Iterator[tuple[str, subprocess.Popen[str]]]:
 
 
 @pytest.fixture(scope="module")
-def url() -> Iterator[str]:
-    with serve("inline") as (url, _):
+def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    with serve("inline", tmp_path_factory.mktemp("server")) as (url, _):
         yield url
 
 
@@ -120,17 +122,16 @@ def test_clients_that_hang_up_leave_no_block_behind(url: str) -> None:
     assert gauge(url, "declaim_requests_in_flight") == 0
 
 
-@pytest.mark.parametrize("text", ["...", "🙂", " ", "# **Hello**, `world`!"])
-def test_text_that_agents_send_by_accident_is_never_a_server_error(url: str, text: str) -> None:
+@pytest.mark.parametrize(("text", "longest_s"), [("...", 0.2), ("🙂", 0.2), (" ", 0.2), ("# **Hello**, `world`!", 5.0)])
+def test_text_that_agents_send_by_accident_is_answered(url: str, text: str, longest_s: float) -> None:
     response = httpx.post(url + "/v1/audio/speech", json=body(input=text), timeout=60)
-    assert response.status_code in (200, 400), response.text
-    if response.status_code == 400:
-        assert response.json()["error"]["param"] == "input"
+    assert response.status_code == 200, response.text
+    assert 0.0 < len(samples_of(response.content)) / 24_000 <= longest_s
 
 
 @pytest.mark.ray
-def test_a_server_with_ray_told_to_stop_ends_its_streams_first() -> None:
-    with serve("ray") as (url, process):
+def test_a_server_with_ray_told_to_stop_ends_its_streams_first(tmp_path: Path) -> None:
+    with serve("ray", tmp_path) as (url, process):
         time.sleep(1.5)  # Ray takes SIGTERM while it starts; the server takes it back every second
         with httpx.stream("POST", url + "/v1/audio/speech", json=body(), timeout=60) as response:
             process.send_signal(signal.SIGTERM)

@@ -1,0 +1,169 @@
+"""One server process: its application with everything plugged in, and its end.
+
+Owns who may ask (an open gate or keys), the order in which parts are closed, and draining: told to stop, a server
+refuses new work while what runs goes on, for a bounded time.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import FrameType
+from typing import NoReturn
+
+import uvicorn
+from starlette.types import ASGIApp
+
+from declaim.api.app import create_app
+from declaim.api.gate import Gate, OpenGate
+from declaim.api.keys import KeyGate
+from declaim.api.ledger import Ledger
+from declaim.api.page import build_page_router
+from declaim.api.serving import Serving, SpeechEngine
+from declaim.api.settings import ApiSettings
+from declaim.api.store.database import Database
+from declaim.api.store.tenants import has_keys
+from declaim.api.usage import build_usage_router
+from declaim.api.voices import VoiceStore, build_voices_router
+from declaim.engine.errors import InvalidConfig
+from declaim.engine.progress import Progress
+
+# Clients pool connections for a minute or two; closing first makes a request of theirs fail now and then.
+_KEEP_ALIVE_S = 130
+# What a stream still gets when the time to drain, or to heed an interrupt, is up.
+_LAST_S = 1
+_INTERRUPT_S = 10
+# Encoding leaves the interpreter's lock for most of its time; more threads than cores gain nothing.
+_MAX_ENCODE_THREADS = 8
+
+
+@dataclass(frozen=True, slots=True)
+class ServerOptions:
+    """How a server is open to the world. drain_s: the longest that running streams hold up its end."""
+
+    settings: ApiSettings
+    is_open: bool = False
+    drain_s: float = 25.0
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can reach an address."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def check_open_to(host: str, database: Database, *, is_open: bool) -> bool:
+    """Whether there are keys. Raises: InvalidConfig where everybody could come in, and nobody said so."""
+    with database.reader() as session:
+        if has_keys(session):
+            return True
+    if not is_open and not is_loopback(host):
+        raise InvalidConfig(
+            f"--host {host} would let in everybody who can reach it, for there is no API key: make one with "
+            "`declaim keys create --tenant NAME`, or say --no-auth"
+        )
+    return False
+
+
+@contextmanager
+def serving_app(serving: Serving, database: Database, options: ServerOptions, *, host: str) -> Iterator[ASGIApp]:
+    """The application of one process, and what it needs beside the engine, closed at the end."""
+    settings = options.settings
+    gate: Gate = OpenGate()
+    keys: KeyGate | None = None
+    if not options.is_open:
+        gate = keys = KeyGate(database, ledger=Ledger(database), open_without_keys=is_loopback(host))
+    voices = VoiceStore(serving.engine, database)
+    workers = ThreadPoolExecutor(min(_MAX_ENCODE_THREADS, os.cpu_count() or 1), "declaim-encode")
+    routers = [
+        build_voices_router(voices, gate, lists_publicly=settings.public_listings),
+        build_usage_router(gate, database),
+        build_page_router(serving, max_input_chars=settings.max_input_chars),
+    ]
+    try:
+        yield create_app(serving, gate=gate, voices=voices, settings=settings, workers=workers, routers=routers)
+    finally:
+        voices.close()
+        if keys is not None:
+            keys.close()
+
+
+class DrainingServer(uvicorn.Server):
+    """At SIGTERM, first lets running requests end while it answers 503 to new ones; a second one ends that."""
+
+    def __init__(self, config: uvicorn.Config, serving: Serving, *, drain_s: float) -> None:
+        super().__init__(config)
+        self._serving = serving
+        self._drain_s = drain_s
+        self._drained_at: float | None = None
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Called by the signal."""
+        if sig == signal.SIGTERM and self._drained_at is None:
+            self._serving.drain()
+            self._drained_at = time.monotonic() + self._drain_s
+        else:
+            super().handle_exit(sig, frame)
+
+    async def on_tick(self, counter: int) -> bool:
+        """Called ten times a second."""
+        if self._drained_at is not None:
+            is_late = time.monotonic() >= self._drained_at
+            if is_late or not self.server_state.tasks:
+                self.config.timeout_graceful_shutdown = _LAST_S
+                self.should_exit = True
+        return await super().on_tick(counter)
+
+
+def run_server(
+    load: Callable[[Progress], SpeechEngine],
+    listener: socket.socket,
+    database: Database,
+    options: ServerOptions,
+    *,
+    host: str,
+) -> str | None:
+    """Serve until a signal comes or the model cannot be loaded: then returns why."""
+
+    def stop() -> None:
+        server.should_exit = True
+
+    async def hear_sigterm() -> None:
+        # Ray's C++ side takes SIGTERM for itself when it starts, in the thread that loads: take it back.
+        signal.signal(signal.SIGTERM, server.handle_exit)
+
+    serving = Serving(lambda: load(serving.report), on_failure=stop)
+    with serving_app(serving, database, options, host=host) as app:
+        config = uvicorn.Config(
+            app,
+            log_config=None,
+            log_level="warning",
+            access_log=False,
+            lifespan="on",
+            timeout_keep_alive=_KEEP_ALIVE_S,
+            timeout_graceful_shutdown=_INTERRUPT_S,
+            callback_notify=hear_sigterm,
+            timeout_notify=0,
+        )
+        server = DrainingServer(config, serving, drain_s=options.drain_s)
+        # Uvicorn, once stopped, sends itself the signal again; SIGTERM by default would then skip every clean-up.
+        signal.signal(signal.SIGTERM, _exit_cleanly)
+        try:
+            server.run(sockets=[listener])
+        except KeyboardInterrupt:
+            return None
+        return serving.failure
+
+
+def _exit_cleanly(number: int, frame: FrameType | None) -> NoReturn:
+    sys.exit(0)
