@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import re
 import time
 import uuid
 from collections import deque
@@ -28,6 +29,8 @@ from declaim.engine.errors import DeclaimError, EngineError, TooLong
 from declaim.engine.request import EncodedVoice, FinishReason
 
 logger = logging.getLogger(__name__)
+
+_SPEAKER_TAG = re.compile(r"\[S\d\]")
 
 # The clause that is heard, and the one that will be.
 _CLAUSES_AT_ONCE = 2
@@ -118,6 +121,7 @@ class Utterance:
     num_chars: int = 0
     first_clause_at: float = 0.0  # time.perf_counter()
     # as it is spoken
+    speaker_tag: str = ""  # the last one of a dialogue, for the clause after it
     num_started: int = 0
     num_heard: int = 0
     num_frames: int = 0
@@ -320,7 +324,7 @@ class LiveSession:
         async def begin_clauses() -> None:
             while await self._has_clause(utterance):
                 await room.acquire()
-                text = utterance.clauses.popleft()
+                text = _tagged(utterance, utterance.clauses.popleft())
                 index, utterance.num_started = utterance.num_started, utterance.num_started + 1
                 begun.put_nowait(_ClauseStream(text, index, start(text, index), utterance))
 
@@ -388,6 +392,14 @@ class LiveSession:
             usage.delivered_s,
             ttfa,
         )
+
+
+def _tagged(utterance: Utterance, clause: str) -> str:
+    """A clause with its speaker's tag: in a dialogue, the model must be told again who goes on."""
+    tags = _SPEAKER_TAG.findall(clause)
+    tag = "" if clause.startswith("[S") else utterance.speaker_tag
+    utterance.speaker_tag = tags[-1] if tags else utterance.speaker_tag
+    return f"{tag} {clause}" if tag else clause
 
 
 class _ClauseStream:
