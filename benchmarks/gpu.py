@@ -65,7 +65,7 @@ LARGE = DiaSize(
 ATTENTION_SHAPES = ((16, 4, 128), (16, 16, 128), (8, 2, 64))  # heads, KV heads, head dim
 PRODUCT_SHAPES = ((2048, 3072), (2048, 2048), (2048, 16384), (8192, 2048), (1024, 1024))  # in, out
 GUIDANCE, TOP_K = 3.0, 45
-STEP_CONTEXT, TEXT_LEN = 500, 128
+STEP_CONTEXT, TEXT_LEN, SPOKEN_FRAMES = 500, 128, 430
 REPLAYS, CALLS = 30, 20
 TOLERANCE = {torch.float16: 2e-3, torch.bfloat16: 1.6e-2, torch.float32: 2e-5}
 
@@ -167,10 +167,13 @@ def _check_products(dtype: torch.dtype, name: str, failures: Failures, *, shapes
         ):
             whole = product(x)
             _compare(f"{kind} {num_in}x{num_out} {name}", whole, reference, dtype, failures)
-            same = all(
-                torch.equal(product(x[:rows])[:1], whole[:1]) for rows in (1, 2, 15, 16, 17, 32, 33, 64, 128, 129)
-            )
-            failures.check(f"{kind} {num_in}x{num_out} {name}, rows", same, "same bits from 1 to 200 rows")
+            counts = [1, 2, 15, 16, 17, 32, 33, 64, 128, 129, 200]
+            if DEVICE == "cpu":
+                # Beyond these int4 is dequantized, and the interpreter sums a dense tile in an order of its own.
+                counts = [rows for rows in counts if rows <= int4.DEQUANTIZE_ROWS]
+            firsts = [product(x[:rows])[:1] for rows in counts]
+            same = all(torch.equal(first, firsts[0]) for first in firsts)
+            failures.check(f"{kind} {num_in}x{num_out} {name}, rows", same, f"same bits from 1 to {counts[-1]} rows")
 
 
 def _check_small(dtype: torch.dtype, name: str, failures: Failures) -> None:
@@ -223,7 +226,7 @@ def _check_small(dtype: torch.dtype, name: str, failures: Failures) -> None:
 
 def engine(args: argparse.Namespace, found: dict[str, Any]) -> dict[str, Any]:
     """Greedy codes of three implementations, ragged and with preemption."""
-    seconds = (0.4, 1.1, 0.7, 0.9, 0.5)
+    seconds = (0.03, 0.06, 0.05) if args.quick else (0.4, 1.1, 0.7, 0.9, 0.5)
     asks = [
         ("[S1] " + text_of_length(30 + 9 * i, skip=i), int(s * random_dia.FRAME_RATE_HZ)) for i, s in enumerate(seconds)
     ]
@@ -317,7 +320,7 @@ def products_speed(args: argparse.Namespace, found: dict[str, Any]) -> dict[str,
 
 def step(args: argparse.Namespace, found: dict[str, Any]) -> dict[str, Any]:
     """Dia-1.6B's size: the replayed step, the engine around it, and transformers."""
-    size = random_dia.TINY if args.quick else LARGE
+    size, frames = (random_dia.TINY, 3) if args.quick else (LARGE, SPOKEN_FRAMES)
     result: dict[str, Any] = {"precisions": {}}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -326,7 +329,7 @@ def step(args: argparse.Namespace, found: dict[str, Any]) -> dict[str, Any]:
         print(f"  saved a random model in {time.perf_counter() - begin:.1f} s", flush=True)
         for dtype in ("bfloat16", "int4"):
             result["precisions"][dtype] = _steps(
-                folder, size, args.batches, dtype=dtype, copy_gb_per_s=found["ceilings"]["copy_gb_per_s"]
+                folder, size, args.batches, dtype=dtype, copy_gb_per_s=found["ceilings"]["copy_gb_per_s"], frames=frames
             )
         result["transformers"] = _transformers_speed(folder, [b for b in (1, 64) if b <= max(args.batches)])
     for batch, theirs in result["transformers"].items():
@@ -335,7 +338,9 @@ def step(args: argparse.Namespace, found: dict[str, Any]) -> dict[str, Any]:
     return result
 
 
-def _steps(folder: Path, size: DiaSize, batches: Sequence[int], *, dtype: Any, copy_gb_per_s: float) -> dict[str, Any]:
+def _steps(
+    folder: Path, size: DiaSize, batches: Sequence[int], *, dtype: Any, copy_gb_per_s: float, frames: int
+) -> dict[str, Any]:
     config = EngineConfig(device=DEVICE, dtype=dtype, max_batch=max(batches)).resolve()
     files = find_model(str(folder))
     begin = time.perf_counter()
@@ -365,7 +370,7 @@ def _steps(folder: Path, size: DiaSize, batches: Sequence[int], *, dtype: Any, c
                 flush=True,
             )
         for batch in batches:
-            requests = [_request("[S1] " + text_of_length(TEXT_LEN, skip=i), 430) for i in range(batch)]
+            requests = [_request("[S1] " + text_of_length(TEXT_LEN, skip=i), frames) for i in range(batch)]
             before, begin = speaking.stats().steps, time.perf_counter()
             results = speaking.generate(requests, progress=False)
             wall_s, steps = time.perf_counter() - begin, speaking.stats().steps - before
