@@ -176,7 +176,8 @@ class _LiveSocket:
             raise InvalidRequest(
                 f"split_granularity is '{shown}': use {', '.join(_GRANULARITIES)}", param="split_granularity"
             )
-        body = parse_speech_body(json.dumps({**fields, "input": "."}).encode())
+        # In a thread: a recording in it takes milliseconds to parse.
+        body = await asyncio.to_thread(lambda: parse_speech_body(json.dumps({**fields, "input": "."}).encode()))
         response_format = body.response_format or _DEFAULT_FORMAT
         check_rate(response_format, body.sample_rate)
         reference = await self._reference(body.ref_audio, body.ref_text)
@@ -191,7 +192,7 @@ class _LiveSocket:
     async def _reference(self, recording: str | None, transcript: str | None) -> EncodedVoice | None:
         if not recording:
             return None
-        data = decode_reference(recording, param="ref_audio")
+        data = await asyncio.to_thread(decode_reference, recording, param="ref_audio")
         voice = await self._services.voices.encode_reference(data, transcript=transcript or "", param="ref_audio")
         if len(voice.codes) and not transcript:
             raise MissingParameter(
