@@ -16,6 +16,7 @@ from declaim.engine.config import EngineConfig
 from declaim.engine.errors import ModelLoadError, ModelNotFound
 from declaim.engine.hub import Hub, HubRepo, HubUnreachable
 from declaim.engine.models.base import SpeechModel
+from declaim.engine.parts import is_zonos
 from declaim.engine.progress import Progress, ignore_progress
 from declaim.engine.safetensors_io import read_json
 from declaim.engine.spec import CodecSpec
@@ -26,17 +27,27 @@ log = logging.getLogger(__name__)
 EMBEDDED_NAME = "lark"
 EMBEDDED_FOLDER = Path(__file__).parent / "assets" / "lark"
 NAMING_FILES = ("config.json", "processor_config.json", "audio_tokenizer_config.json")
+ZONOS_CODEC = "descript/dac_44khz"  # a Zonos names none: all of them have this one
+ZONOS_SPEAKER = "Zyphra/Zonos-v0.1-speaker-embedding"
+SPEAKER_NAMES = ("ResNet293_SimAM_ASP_base.pt", "ResNet293_SimAM_ASP_base_LDA-128.pt")
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pth", ".pt", ".ckpt", ".gguf")
+
+
+Family = Literal["dia", "lark", "zonos"]
 
 
 @dataclass(frozen=True, slots=True)
 class ModelFiles:
-    """A model's folder, its family, and where its codec lies. name: what callers ask for it by."""
+    """A model's folder, its family, and where its codec lies. name: what callers ask for it by.
+
+    speaker_folder: where its speaker encoder lies, of a family that has one and where it is at hand.
+    """
 
     name: str
     folder: Path
-    family: Literal["dia", "lark"]
+    family: Family
     codec_folder: Path
+    speaker_folder: Path | None = None
 
 
 def find_model(name: str, progress: Progress = ignore_progress, *, hub: Hub | None = None) -> ModelFiles:
@@ -62,20 +73,27 @@ def find_model(name: str, progress: Progress = ignore_progress, *, hub: Hub | No
     family = read_family(folder)
     if family == "lark":
         return ModelFiles(shown, folder, "lark", folder / "codec")
-    codec = _dia_codec(folder)
+    codec = _dac_folder(folder, family)
     if isinstance(codec, str):
         codec = _fetch_codec(codec, hub or Hub(), progress)
-    return ModelFiles(shown, folder, "dia", codec)
+    speaker = _speaker_folder(folder, hub or Hub()) if family == "zonos" else None
+    return ModelFiles(shown, folder, family, codec, speaker)
 
 
-def read_family(folder: Path) -> Literal["dia", "lark"]:
+def read_family(folder: Path) -> Family:
     """The family that a model folder's config.json names. Raises: ModelLoadError where it is not served."""
-    family = read_json(folder / "config.json").get("model_type")
+    config = read_json(folder / "config.json")
+    family = config.get("model_type")
     if family == "dia":
         return "dia"
     if family == "lark":
         return "lark"
-    raise ModelLoadError(f"{folder}/config.json says model_type {family!r}: this version serves dia and lark")
+    if is_zonos(config):
+        return "zonos"
+    raise ModelLoadError(
+        f"{folder}/config.json says model_type {family!r}: this version serves dia and lark, and Zonos as Zyphra"
+        " publishes it"
+    )
 
 
 def resolve_parts(repo_id: str, hub: Hub, *, everything: bool = False) -> tuple[HubRepo, ...]:
@@ -91,12 +109,16 @@ def resolve_parts(repo_id: str, hub: Hub, *, everything: bool = False) -> tuple[
     family = read_family(folder)
     wanted = _wanted(listed, hub)
     repos = [listed if everything else wanted]
-    if family == "dia":
-        codec = _dia_codec(folder, has_codec_folder=any(file.path == "codec/config.json" for file in listed.files))
+    if family != "lark":
+        has_codec = any(file.path == "codec/config.json" for file in listed.files)
+        codec = _dac_folder(folder, family, has_codec_folder=has_codec)
         if isinstance(codec, str):
             listed = hub.list_files(codec)
             wanted = _wanted(listed, hub)
             repos.append(listed if everything else wanted)
+    if family == "zonos":
+        speaker = hub.list_files(ZONOS_SPEAKER)
+        repos.append(speaker if everything else speaker.only(SPEAKER_NAMES))
     return tuple(repos)
 
 
@@ -107,7 +129,7 @@ def load_model(
     device, dtype = config.torch_device, config.torch_dtype
     half = dtype if device.type == "cuda" else torch.float32
     recipe = CodecRecipe(
-        kind="dac" if files.family == "dia" else "lark",
+        kind="lark" if files.family == "lark" else "dac",
         folder=str(files.codec_folder),
         dtype="float32" if half == torch.float32 else "float16" if half == torch.float16 else "bfloat16",
         device=str(device),
@@ -133,6 +155,10 @@ def _load_family(files: ModelFiles, codec: CodecSpec, *, dtype: torch.dtype, dev
         from declaim.engine.models.dia import DiaModel
 
         return DiaModel.load(files.folder, codec=codec, dtype=dtype, device=device)
+    if files.family == "zonos":
+        from declaim.engine.models.zonos import ZonosModel
+
+        return ZonosModel.load(files.folder, codec=codec, dtype=dtype, device=device)
     from declaim.engine.models.lark import LarkModel
 
     return LarkModel.load(files.folder, codec=codec, dtype=dtype, device=device)
@@ -186,13 +212,19 @@ def _wanted(repo: HubRepo, hub: Hub) -> HubRepo:
     return repo.only(wanted | weights)
 
 
-def _dia_codec(folder: Path, *, has_codec_folder: bool | None = None) -> Path | str:
-    """Where a Dia's codec is: a folder that its processor names, else `codec/` beside the model, else a hub id.
+def _speaker_folder(folder: Path, hub: Hub) -> Path | None:
+    """`speaker/` beside the model, or what was pulled with one."""
+    beside = folder / "speaker"
+    return beside if beside.is_dir() else hub.cached_folder(ZONOS_SPEAKER)
+
+
+def _dac_folder(folder: Path, family: Family, *, has_codec_folder: bool | None = None) -> Path | str:
+    """Where a model's DAC is: a folder that its processor names, else `codec/` beside the model, else a hub id.
 
     has_codec_folder: whether there will be a codec/; None looks. Raises: ModelLoadError if none is named.
     """
     beside = folder / "codec"
-    named = _named_codec(folder)
+    named = _named_codec(folder) or (ZONOS_CODEC if family == "zonos" else None)
     if named is not None and Path(named).is_dir():
         return Path(named)
     if (beside / "config.json").exists() if has_codec_folder is None else has_codec_folder:

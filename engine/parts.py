@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from declaim.engine.errors import InvalidConfig, ModelLoadError
-from declaim.engine.spec import CacheSpec, CrossSpec
+from declaim.engine.spec import CacheSpec, CrossSpec, StateSpec
 
 Precision = Literal["float32", "float16", "bfloat16", "int4"]
 
@@ -63,7 +63,69 @@ DAC_44KHZ: Mapping[str, Any] = {
     "sampling_rate": 44100,
     "downsampling_ratios": [2, 4, 8, 8],
 }
-KNOWN_CONFIGS: Mapping[str, Mapping[str, Any]] = {"nari-labs/Dia-1.6B-0626": DIA_1_6B}
+_ZONOS_ATTENTION = {"causal": True, "num_heads": 16, "num_heads_kv": 4, "rotary_emb_dim": 128}
+_ZONOS_BACKBONE = {"d_model": 2048, "d_intermediate": 0, "attn_mlp_d_intermediate": 8192, "norm_epsilon": 1e-5}
+_ZONOS_CONDITIONERS: tuple[Mapping[str, Any], ...] = (
+    {"type": "EspeakPhonemeConditioner", "name": "espeak"},
+    {
+        "type": "PassthroughConditioner",
+        "name": "speaker",
+        "cond_dim": 128,
+        "uncond_type": "learned",
+        "projection": "linear",
+    },
+    {"type": "FourierConditioner", "name": "emotion", "input_dim": 8, "uncond_type": "learned"},
+    {"type": "FourierConditioner", "name": "fmax", "min_val": 0, "max_val": 24000, "uncond_type": "learned"},
+    {"type": "FourierConditioner", "name": "pitch_std", "min_val": 0, "max_val": 400, "uncond_type": "learned"},
+    {"type": "FourierConditioner", "name": "speaking_rate", "min_val": 0, "max_val": 40, "uncond_type": "learned"},
+    {"type": "IntegerConditioner", "name": "language_id", "min_val": -1, "max_val": 126, "uncond_type": "learned"},
+)
+_ZONOS_QUALITY: tuple[Mapping[str, Any], ...] = (
+    {
+        "type": "FourierConditioner",
+        "name": "vqscore_8",
+        "input_dim": 8,
+        "min_val": 0.5,
+        "max_val": 0.8,
+        "uncond_type": "learned",
+    },
+    {"type": "FourierConditioner", "name": "ctc_loss", "min_val": -1, "max_val": 1000, "uncond_type": "learned"},
+    {"type": "FourierConditioner", "name": "dnsmos_ovrl", "min_val": 1, "max_val": 5, "uncond_type": "learned"},
+    {"type": "IntegerConditioner", "name": "speaker_noised", "min_val": 0, "max_val": 1, "uncond_type": "learned"},
+)
+ZONOS_TRANSFORMER: Mapping[str, Any] = {
+    "backbone": {
+        **_ZONOS_BACKBONE,
+        "n_layer": 26,
+        "ssm_cfg": {},
+        "attn_layer_idx": list(range(26)),
+        "attn_cfg": {**_ZONOS_ATTENTION, "rotary_emb_interleaved": True},
+    },
+    "prefix_conditioner": {"projection": "linear", "conditioners": list(_ZONOS_CONDITIONERS)},
+    "eos_token_id": 1024,
+    "masked_token_id": 1025,
+}
+ZONOS_HYBRID: Mapping[str, Any] = {
+    "backbone": {
+        **_ZONOS_BACKBONE,
+        "n_layer": 46,
+        "ssm_cfg": {"layer": "Mamba2"},
+        "attn_layer_idx": list(range(0, 46, 4)),
+        "attn_cfg": _ZONOS_ATTENTION,
+    },
+    "prefix_conditioner": {"projection": "linear", "conditioners": [*_ZONOS_CONDITIONERS, *_ZONOS_QUALITY]},
+    "eos_token_id": 1024,
+    "masked_token_id": 1025,
+}
+KNOWN_CONFIGS: Mapping[str, Mapping[str, Any]] = {
+    "nari-labs/Dia-1.6B-0626": DIA_1_6B,
+    "Zyphra/Zonos-v0.1-transformer": ZONOS_TRANSFORMER,
+    "Zyphra/Zonos-v0.1-hybrid": ZONOS_HYBRID,
+}
+
+SPARE_STATES = 8  # recurrent states beyond those of one step, for sequences that pause
+_ZONOS_MAX_POSITIONS, _ZONOS_MAX_TEXT = 6400, 640  # as models/zonos.py has them; phonemes of a segment
+_ZONOS_SYMBOLS, _ZONOS_CODEBOOKS = 189, 9
 
 _DIA_CROSS_PER_ROW = 0.15  # text bytes a row of codes, as models/dia.py expects of ordinary speech
 _MAX_REFERENCE_S = 30.0  # as voices.py takes it
@@ -213,9 +275,19 @@ def describe_model(config: Mapping[str, Any], codec_config: Mapping[str, Any], *
             return dia_parts(config, codec_config, name=name)
         if family == "lark":
             return lark_parts(config, codec_config, name=name)
+        if is_zonos(config):
+            return zonos_parts(config, codec_config, name=name)
     except KeyError as missing:
         raise ModelLoadError(f"the config of {name} has no key {missing}: copy the checkpoint again") from missing
-    raise ModelLoadError(f"the config of {name} says model_type {family!r}: this version serves dia and lark")
+    raise ModelLoadError(
+        f"the config of {name} says model_type {family!r}: this version serves dia and lark, and Zonos as Zyphra"
+        " publishes it"
+    )
+
+
+def is_zonos(config: Mapping[str, Any]) -> bool:
+    """Whether this is a Zonos' config.json, which names no model type."""
+    return "model_type" not in config and {"backbone", "prefix_conditioner"} <= set(config)
 
 
 def check_precision(precision: str) -> None:
@@ -311,6 +383,83 @@ def lark_parts(config: Mapping[str, Any], codec_config: Mapping[str, Any], *, na
         num_heads=layers.heads.num,
         cross_heads=0,
     )
+
+
+def zonos_parts(config: Mapping[str, Any], codec_config: Mapping[str, Any], *, name: str) -> ModelParts:
+    """Zonos: a conditioning prefix, and a decoder of attention layers alone or among Mamba-2 layers.
+
+    The first layer of an MLP is dense in every precision: the checkpoint's halves change places as it is loaded.
+    """
+    backbone, prefix = _section(config, "backbone"), _section(config, "prefix_conditioner")
+    attention, ssm = _section(backbone, "attn_cfg"), backbone.get("ssm_cfg") or {}
+    hidden, depth = _count(backbone, "d_model"), _count(backbone, "n_layer")
+    num_heads, num_kv = _count(attention, "num_heads"), _count(attention, "num_heads_kv")
+    dim, ffn = hidden // num_heads, _count(backbone, "attn_mlp_d_intermediate")
+    if ssm:
+        ffn = math.ceil(ffn / 128) * 128
+    layers = _Stack(hidden, ffn, len(backbone["attn_layer_idx"]) if ssm else depth, _Heads(num_heads, num_kv, dim))
+    num_mamba = depth - layers.depth
+    head_dim, size, width = ssm.get("headdim", 64), ssm.get("d_state", 128), ssm.get("d_conv", 4)
+    inner = hidden * ssm.get("expand", 2)
+    channels, heads = inner + 2 * size, inner // head_dim
+    projected = inner + channels + heads
+    mamba = (Matrices(hidden, projected, num_mamba), Matrices(inner, hidden, num_mamba)) if num_mamba else ()
+    qkv, out, gate_up, down = layers.matrices
+    num_codes = _ZONOS_CODEBOOKS * (config.get("eos_token_id", 1024) + 1)
+    row = max(layers.live_elements, 4 * hidden + 2 * projected + 2 * channels + 2 * inner if num_mamba else 0)
+    return ModelParts(
+        name=name,
+        weights=(
+            WeightPart("prefix conditioner", num_plain=_conditioner_weights(prefix, hidden), reads_text=True),
+            WeightPart("decoder layers", matrices=(qkv, out, down, *mamba), num_plain=gate_up.num_weights),
+            WeightPart("embeddings", num_plain=_ZONOS_CODEBOOKS * (config.get("masked_token_id", 1025) + 1) * hidden),
+            WeightPart("heads", num_plain=num_codes * hidden),
+            WeightPart(
+                "norms and tables",
+                num_plain=(4 * layers.depth + 2 * num_mamba + 2) * hidden
+                + num_mamba * (channels * (width + 1) + inner),
+                num_float32=_ZONOS_MAX_POSITIONS * 2 * attention.get("rotary_emb_dim", dim) + 3 * heads * num_mamba,
+            ),
+        ),
+        codec=dac_parts(codec_config),
+        cache=CacheSpec(
+            num_layers=layers.depth,
+            num_kv_heads=num_kv,
+            head_dim=dim,
+            state=StateSpec(num_mamba, width - 1, channels, heads, head_dim, size) if num_mamba else None,
+        ),
+        num_branches=2,
+        num_drain_rows=_ZONOS_CODEBOOKS,
+        max_positions=_ZONOS_MAX_POSITIONS,
+        max_text=_ZONOS_MAX_TEXT,
+        logits_per_row=num_codes,
+        row_elements=row,
+        text_elements=8 * hidden,
+        side_elements=0,
+        num_heads=num_heads,
+        cross_heads=0,
+    )
+
+
+def _conditioner_weights(prefix: Mapping[str, Any], hidden: int) -> int:
+    """Tables and projections of each condition, the vectors that stand for unknown ones, the projection of all."""
+    total = 2 * hidden + _projection_weights(prefix.get("projection", "none"), hidden, hidden)
+    for item in prefix["conditioners"]:
+        num_in = item.get("cond_dim") or hidden
+        total += _projection_weights(item.get("projection", "none"), num_in, hidden)
+        total += hidden if item.get("uncond_type") == "learned" else 0
+        match item["type"]:
+            case "EspeakPhonemeConditioner":
+                total += _ZONOS_SYMBOLS * hidden
+            case "FourierConditioner":
+                total += hidden // 2 * int(item.get("input_dim", 1))
+            case "IntegerConditioner":
+                total += (int(item.get("max_val", 512)) - int(item.get("min_val", 0)) + 1) * hidden
+    return total
+
+
+def _projection_weights(kind: str, num_in: int, hidden: int) -> int:
+    return {"none": 0, "linear": _dense(num_in, hidden)}.get(kind, _dense(num_in, hidden) + _dense(hidden, hidden))
 
 
 def dac_parts(config: Mapping[str, Any]) -> CodecParts:

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from declaim.engine import sampler
 from declaim.engine.batch import Batch, Entry
 from declaim.engine.models.base import LayerCache, Prefill, SpeechModel, StepContext
+from declaim.engine.parts import SPARE_STATES
 from declaim.engine.sequence import Sequence
 from declaim.engine.spec import FrameRule, RepetitionPenalty
 from declaim.engine.states import StateSlots
@@ -25,7 +26,7 @@ from declaim.kernels.kv_cache import allocate_cache, write_cache
 from declaim.kernels.mamba import StatePlan
 
 NEVER_DRAWN = -1e30  # a logit no guidance and no penalty brings back, and still a finite one
-SPARE_STATES = 8  # beyond those of one step, for sequences that pause
+
 REPLAY_POSITIONS = 256  # of one branch, run at once to make a lost state again
 
 

@@ -1,0 +1,367 @@
+"""Zonos against its own repository: the same prefixes and greedy codes, alone and in a crowd; and what it is told.
+
+The reference's outputs lie in fixtures/zonos.npz; fixtures/make_zonos.py makes them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import threading
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from safetensors.torch import load_file, save_file
+from transformers import DacModel
+
+from declaim.engine import (
+    EncodedVoice,
+    Engine,
+    EngineConfig,
+    InvalidRequest,
+    ModelLoadError,
+    SamplingParams,
+    SpeechRequest,
+    TooLong,
+)
+from declaim.engine.espeak import EspeakPhonemizer
+from declaim.engine.loader import find_model
+from declaim.engine.models.base import StepContext
+from declaim.engine.models.zonos import ZonosModel
+from declaim.engine.models.zonos_conditioning import PUNCTUATION, encode_phonemes
+from declaim.engine.parts import DAC_44KHZ, KNOWN_CONFIGS, describe_model
+from declaim.engine.request import ResolvedSampling
+from declaim.engine.vocoder.inline import InlineVocoder
+from tests.zonos_checkpoints import (
+    CASES,
+    CONFIGS,
+    ESPEAK,
+    FIXTURE,
+    FRAME_RATE_HZ,
+    Case,
+    load_dac,
+    load_zonos,
+    make_zonos,
+)
+
+FAMILIES = tuple(CONFIGS)
+SAMPLING = ResolvedSampling(
+    temperature=0.0, top_k=0, top_p=1.0, min_p=0.0, repetition_penalty=3.0, guidance_scale=2.0, seed=0, max_seconds=1.0
+)
+
+
+@pytest.fixture(scope="module")
+def stored() -> Mapping[str, NDArray[Any]]:
+    with np.load(FIXTURE) as arrays:
+        return dict(arrays)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Case], Path]:
+    """Folders by what makes their weights, each saved once."""
+    root, made = tmp_path_factory.mktemp("zonos"), dict[tuple[str, int, int | None], Path]()
+
+    def make(case: Case) -> Path:
+        key = (case.family, case.seed, case.eos_like)
+        if key not in made:
+            made[key] = make_zonos(root / str(len(made)), CONFIGS[case.family], seed=case.seed, eos_like=case.eos_like)
+        return made[key]
+
+    return make
+
+
+class TellingZonos(ZonosModel):
+    """Adds what the case says to every prompt."""
+
+    def tell(self, case: Case) -> None:
+        controls = {name: tuple(v) if isinstance(v, list) else v for name, v in case.conditions.items()}
+        tokenize = super().tokenize
+        self.tokenize = lambda text, **given: tokenize(  # type: ignore[method-assign, assignment]
+            text, **{**given, "language": case.language, "controls": controls, "embedding": case.speaker}
+        )
+
+
+def load_case(folder: Path, case: Case) -> ZonosModel:
+    model = load_zonos(folder)
+    model.__class__ = TellingZonos
+    assert isinstance(model, TellingZonos)
+    model.tell(case)
+    return model
+
+
+def engine_of(model: ZonosModel, folder: Path, config: EngineConfig | None = None) -> Engine:
+    resolved = (config or EngineConfig(device="cpu", num_blocks=200)).resolve()
+    return Engine(
+        model,
+        resolved,
+        make_vocoder=lambda wake: InlineVocoder(load_dac(folder), wake=wake),
+        model_name="zonos",
+        load_encoder=lambda: load_dac(folder, with_encoder=True),
+    )
+
+
+def request_of(case: Case, **settings: Any) -> SpeechRequest:
+    """The words of an audio prefix come from its voice."""
+    voice, text = None, case.text
+    if case.num_prompt:
+        said, text = case.text.split(" ", 2)[:2], case.text.split(" ", 2)[2]
+        voice = EncodedVoice(" ".join(said), case.prompt_frames)
+    sampling = SamplingParams(
+        temperature=0.0, guidance_scale=case.guidance_scale, max_seconds=(case.max_frames + 0.5) / FRAME_RATE_HZ
+    )
+    return SpeechRequest(text, voice=voice, sampling=sampling, language=case.language, normalize=False, **settings)
+
+
+def assert_codes(codes: NDArray[np.int32], expected: NDArray[np.int16], case: Case) -> None:
+    """Without an end, the reference mixes its codebooks up in the last eight frames."""
+    count = len(expected) if len(expected) < case.max_frames else len(expected) - 8
+    assert len(codes) == len(expected)
+    np.testing.assert_array_equal(codes[:count], expected[:count])
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_prefixes_of_both_branches_are_the_references(
+    stored: Mapping[str, NDArray[Any]], checkpoint: Callable[[Case], Path], name: str
+) -> None:
+    case = CASES[name]
+    prompt = load_case(checkpoint(case), case).tokenize(
+        case.text, voice_text="", voice_codes=np.zeros((0, 9), np.int32), sampling=SAMPLING, speed=1.0
+    )
+    prefix = load_zonos(checkpoint(case)).prepare(prompt).prefix
+    assert prefix is not None and prefix.shape[1] == prompt.prefix_len
+    np.testing.assert_allclose(prefix.numpy(), stored[f"{name}.prefix"], atol=1e-5)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_greedy_codes_are_the_references(
+    stored: Mapping[str, NDArray[Any]], checkpoint: Callable[[Case], Path], name: str
+) -> None:
+    case = CASES[name]
+    folder = checkpoint(case)
+    with engine_of(load_case(folder, case), folder) as engine:
+        (result,) = engine.generate([request_of(case)], progress=False)
+    assert result.error is None
+    assert result.finish_reason == ("length" if case.eos_like is None else "stop")
+    assert_codes(result.codes, stored[f"{name}.codes"], case)
+
+
+@pytest.mark.parametrize("name", ["transformer-lively", "hybrid-continued"])
+def test_a_ragged_crowd_with_preemption_speaks_the_references_codes(
+    stored: Mapping[str, NDArray[Any]], checkpoint: Callable[[Case], Path], name: str
+) -> None:
+    """One checkpoint has one fixture; the others in the crowd are cut to other lengths of it."""
+    case, expected = CASES[name], stored[f"{name}.codes"]
+    folder = checkpoint(case)
+    lengths = [case.max_frames, 14, 22, case.max_frames, 9, 18]
+    requests = [
+        dataclasses.replace(
+            request_of(case),
+            sampling=dataclasses.replace(request_of(case).sampling, max_seconds=(length + 0.5) / FRAME_RATE_HZ),
+        )
+        for length in lengths
+    ]
+    config = EngineConfig(device="cpu", num_blocks=48, max_batch=6, block_size=8, max_step_positions=24)
+    codes: dict[int, NDArray[np.int32]] = {}
+    with engine_of(load_case(folder, case), folder, config) as engine:
+
+        def run(i: int) -> None:
+            (result,) = engine.generate([requests[i]], progress=False)
+            codes[i] = result.codes
+
+        threads = [threading.Thread(target=run, args=(i,)) for i in range(len(lengths))]
+        for thread in threads:
+            thread.start()
+            time.sleep(0.01)
+        for thread in threads:
+            thread.join(timeout=60)
+        assert engine.stats().preemptions > 0
+        assert engine.stats().blocks_used == 0
+    for i, length in enumerate(lengths):
+        count = len(expected) if length == case.max_frames else length - 8
+        np.testing.assert_array_equal(codes[i][:count], expected[:count], err_msg=f"request {i}")
+
+
+def test_states_lost_in_a_step_that_failed_half_way_are_made_again(
+    stored: Mapping[str, NDArray[Any]], checkpoint: Callable[[Case], Path]
+) -> None:
+    case = CASES["hybrid-lively"]
+    folder = checkpoint(case)
+    model = load_case(folder, case)
+    forward, num_calls, num_replayed = model.forward, 0, 0
+
+    def failing(x: torch.Tensor, context: StepContext) -> torch.Tensor:
+        nonlocal num_calls, num_replayed
+        num_calls += 1
+        num_replayed += len(context.last) == 0
+        hidden = forward(x, context)
+        if num_calls in (3, 20) and context.num_conditional > 1:
+            raise RuntimeError("the states have moved and the step is lost")
+        return hidden
+
+    model.forward = failing  # type: ignore[method-assign]
+    with engine_of(model, folder) as engine:
+        results = engine.generate([request_of(case)] * 3, progress=False)
+    assert num_replayed >= 6  # of three sequences, twice
+    for result in results:
+        assert result.error is None
+        assert_codes(result.codes, stored["hybrid-lively.codes"], case)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_audio_streamed_is_audio_whole_and_the_codecs_own(checkpoint: Callable[[Case], Path], family: str) -> None:
+    folder = checkpoint(CASES[f"{family}-plain"])
+    request = SpeechRequest("wˈʌn tˈuː", sampling=SamplingParams(seed=5, max_seconds=1.2), normalize=False)
+    with engine_of(load_zonos(folder), folder) as engine:
+        (result,) = engine.generate([request], progress=False)
+        streamed = np.concatenate([chunk.audio for chunk in engine.stream(request)])
+    dac = DacModel.from_pretrained(folder / "codec").eval()
+    with torch.no_grad():
+        codes = torch.from_numpy(result.codes.T.astype(np.int64))[None]
+        expected = dac.decode(audio_codes=codes).audio_values.flatten().numpy()
+    assert len(result.codes) > 60
+    np.testing.assert_allclose(result.audio, expected, atol=1e-4)
+    np.testing.assert_array_equal(streamed, result.audio)
+
+
+def test_an_end_cannot_be_the_first_code(tmp_path: Path) -> None:
+    """Its row is made the likeliest everywhere: the reference would ignore the first one, and end after one frame."""
+    folder = make_zonos(tmp_path / "zonos", CONFIGS["transformer"], seed=3)
+    weights = load_file(folder / "model.safetensors")
+    weights["backbone.norm_f.bias"][:] = 1.0
+    weights["heads.0.weight"][1024] = 10.0
+    save_file(weights, folder / "model.safetensors")
+    with engine_of(load_zonos(folder), folder) as engine:
+        (result,) = engine.generate([SpeechRequest("oʊ", normalize=False)], progress=False)
+    assert (result.finish_reason, len(result.codes)) == ("stop", 1)
+    assert result.codes.max() < 1024
+
+
+def test_heads_are_read_with_and_without_their_padding(tmp_path: Path, checkpoint: Callable[[Case], Path]) -> None:
+    folder = checkpoint(CASES["transformer-plain"])
+    padded = make_zonos(tmp_path / "padded", CONFIGS["transformer"], seed=3)
+    weights = load_file(padded / "model.safetensors")
+    for q in range(9):
+        head = weights[f"heads.{q}.weight"]
+        weights[f"heads.{q}.weight"] = torch.cat([head, torch.full((1, head.shape[1]), 9.0)])
+    save_file(weights, padded / "model.safetensors")
+    hidden = torch.randn(3, 64)
+    assert torch.equal(load_zonos(padded).logits(hidden), load_zonos(folder).logits(hidden))
+
+
+def test_phonemes_are_the_references(stored: Mapping[str, NDArray[Any]]) -> None:
+    pytest.importorskip("phonemizer")
+    pytest.importorskip("espeakng_loader")
+    phonemize = EspeakPhonemizer(punctuation=PUNCTUATION)
+    for i, (text, language) in enumerate(ESPEAK):
+        assert encode_phonemes(phonemize(text, language)) == tuple(stored[f"espeak.{i}"])
+
+
+def test_without_espeak_the_error_names_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ModelLoadError, match="pip install phonemizer espeakng-loader"):
+        EspeakPhonemizer(punctuation=PUNCTUATION)("Hello.", "en-us")
+
+
+def told(model: ZonosModel, **given: Any) -> Mapping[str, tuple[float, ...]]:
+    settings: dict[str, Any] = {"voice_text": "", "voice_codes": np.zeros((0, 9), np.int32), "speed": 1.0}
+    return model.tokenize("oʊ", sampling=SAMPLING, **(settings | given)).conditions
+
+
+def test_controls_have_the_references_defaults_and_set_what_they_say(checkpoint: Callable[[Case], Path]) -> None:
+    model = load_zonos(checkpoint(CASES["hybrid-plain"]))
+    defaults = told(model)
+    assert sum(defaults["emotion"]) == pytest.approx(1.0)
+    assert defaults["language_id"] == (24.0,)
+    assert {name: defaults[name] for name in ("fmax", "pitch_std", "speaking_rate", "ctc_loss", "speaker_noised")} == {
+        "fmax": (22050.0,),
+        "pitch_std": (20.0,),
+        "speaking_rate": (15.0,),
+        "ctc_loss": (0.0,),
+        "speaker_noised": (0.0,),
+    }
+    assert "dnsmos_ovrl" not in defaults and "vqscore_8" not in defaults and "speaker" not in defaults
+    given = told(
+        model,
+        speed=2.0,
+        language="fr",
+        controls={"emotion": "anger", "voice_quality": 0.7, "quality": 4, "speaking_rate": 30.0},
+        embedding=np.ones(128, np.float32),
+    )
+    assert given["speaking_rate"] == (40.0,)
+    assert np.argmax(given["emotion"]) == 5
+    assert given["vqscore_8"] == (0.7,) * 8 and given["dnsmos_ovrl"] == (4.0,)
+    assert given["language_id"] == (35.0,) and len(given["speaker"]) == 128
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"controls": {"fmax": 25000.0}}, r"fmax is 25000\.0.*0 to 24000"),
+        ({"controls": {"emotion": (1.0, 0.0)}}, r"emotion holds 2 numbers.*8 numbers"),
+        ({"controls": {"emotion": "bored"}}, r"'bored'.*happiness, sadness"),
+        ({"controls": {"emotion": (0.0,) * 8}}, r"no weight above 0"),
+        ({"controls": {"pitch_std": float("nan")}}, r"pitch_std is nan"),
+        ({"controls": {"quality": 4.0}}, r"no control 'quality': it has emotion"),
+        ({"language": "tlh"}, r"language is 'tlh'.*en-us"),
+        ({"language": "ja"}, r"Japanese"),
+        ({"embedding": np.zeros(64, np.float32)}, r"\[64\].*\[128\]"),
+    ],
+)
+def test_what_cannot_be_told_is_refused(checkpoint: Callable[[Case], Path], given: dict[str, Any], words: str) -> None:
+    with pytest.raises(InvalidRequest, match=words):
+        told(load_zonos(checkpoint(CASES["transformer-plain"])), **given)
+
+
+def test_a_voice_prompt_that_leaves_no_room_is_refused(checkpoint: Callable[[Case], Path]) -> None:
+    with pytest.raises(TooLong, match=r"6400 positions.*shorten the voice prompt"):
+        told(load_zonos(checkpoint(CASES["transformer-plain"])), voice_codes=np.zeros((6390, 9), np.int32))
+
+
+def test_a_config_of_something_else_is_refused(tmp_path: Path) -> None:
+    config = {**CONFIGS["hybrid"], "backbone": CONFIGS["hybrid"]["backbone"] | {"ssm_cfg": {"layer": "Mamba1"}}}
+    with pytest.raises(ModelLoadError, match=r"ssm_cfg.layer 'Mamba1'.*'Mamba2'"):
+        _load_config(tmp_path / "a", config)
+    with pytest.raises(ModelLoadError, match="'backbone'"):
+        _load_config(tmp_path / "b", {"model_type": "other"})
+
+
+def _load_config(folder: Path, config: Mapping[str, Any]) -> None:
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(config))
+    load_zonos(folder)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_plan_counts_the_weights_that_are_loaded(checkpoint: Callable[[Case], Path], family: str) -> None:
+    folder = checkpoint(CASES[f"{family}-plain"])
+    files = find_model(str(folder))
+    assert (files.family, files.codec_folder, files.speaker_folder) == ("zonos", folder / "codec", None)
+    parts = describe_model(CONFIGS[family], json.loads((folder / "codec" / "config.json").read_text()), name="zonos")
+    model = load_zonos(folder)
+    table = model.spec.max_positions * 2 * 16 * 4
+    assert parts.weight_bytes("float32") - table == model.weight_bytes
+    assert parts.cache == model.spec.cache
+    assert (parts.max_positions, parts.num_drain_rows) == (model.spec.max_positions, model.spec.rule.num_drain_rows)
+
+
+def test_the_published_models_are_planned_for_without_their_files() -> None:
+    sizes = {}
+    for name in (f"Zyphra/Zonos-v0.1-{family}" for family in FAMILIES):
+        parts = describe_model(KNOWN_CONFIGS[name], DAC_44KHZ, name=name)
+        state = parts.cache.state
+        sizes[name] = (
+            round(sum(part.bytes_in("bfloat16") - 4 * part.num_float32 for part in parts.weights) / 2e9, 3),
+            parts.cache.bytes_per_position(2),
+            0 if state is None else state.bytes_per_branch(2),
+        )
+    # Billions of weights, bytes of KV a position and of state a branch, of whose four inputs three are kept.
+    assert sizes == {
+        "Zyphra/Zonos-v0.1-transformer": (1.624, 53_248, 0),
+        "Zyphra/Zonos-v0.1-hybrid": (1.652, 24_576, 36_835_328 - 34 * 4352 * 2),
+    }

@@ -1,0 +1,99 @@
+"""The laws of tests/engine/test_properties.py, unchanged, on Zonos: transformer and hybrid.
+
+Fewer examples than there, since each step of a real decoder takes longer; the fake codec is given nine codebooks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+
+from declaim.engine import Engine, EngineConfig
+from declaim.engine.models.zonos import ZonosModel
+from tests import fakes
+from tests.engine import test_properties as laws
+from tests.zonos_checkpoints import CONFIGS, EOS, load_zonos, make_zonos
+
+CODEC = replace(fakes.FAKE_CODEC, num_codebooks=9, codebook_size=1024)
+FEW = settings(laws.PROPERTY, max_examples=4)
+
+
+@pytest.fixture(scope="module", params=tuple(CONFIGS))
+def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> ZonosModel:
+    folder: Path = tmp_path_factory.mktemp("zonos") / request.param
+    # The end stands in a likely code's place: some requests end by themselves.
+    make_zonos(folder, CONFIGS[request.param], seed=1, eos_like=117, codec=False)
+    return load_zonos(folder, codec=CODEC)
+
+
+@pytest.fixture(autouse=True)
+def zonos_for_fake(model: ZonosModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.set_num_threads(1)
+
+    def make_engine(config: EngineConfig = laws.ROOMY, *, vocoder_seed: int = 0, eos_bias: float = 0.0) -> Engine:
+        logits = model.logits
+
+        class Biased(ZonosModel):
+            def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+                out = logits(hidden)
+                out[:, 0, EOS] += eos_bias
+                return out
+
+        # Its prefix and its drain are longer than the fake family's, and so are its sequences.
+        roomier = replace(config, num_blocks=(config.num_blocks or 0) * 4 // 3)
+        biased = object.__new__(Biased)
+        biased.__dict__.update(model.__dict__)
+        return Engine(
+            biased,
+            roomier,
+            make_vocoder=lambda wake: fakes.ShuffledVocoder(seed=vocoder_seed, wake=wake),
+            model_name="zonos",
+            load_encoder=fakes.FakeCodec,
+        )
+
+    monkeypatch.setattr(laws, "make_engine", make_engine)
+    monkeypatch.setattr(fakes.FakeCodec, "spec", CODEC)
+
+
+def fewer(law: Callable[..., None], **strategies: Any) -> Callable[..., None]:
+    """A law over other examples: its own body, without the arguments it is given there."""
+    inner = law.hypothesis.inner_test  # type: ignore[attr-defined]
+
+    @FEW
+    @given(**strategies)
+    def test(**drawn: Any) -> None:
+        inner(**drawn)
+
+    return test
+
+
+test_any_schedule_gives_the_codes_and_samples_of_alone = fewer(
+    laws.test_any_arrival_batch_blocks_preemption_and_cancellation_give_the_codes_and_samples_of_alone,
+    crowd=laws.crowds(),
+)
+test_a_list_gives_each_request_the_codes_of_alone = fewer(
+    laws.test_a_list_gives_each_request_the_codes_of_alone,
+    chosen=laws.st.lists(laws.requests, min_size=1, max_size=5),
+    max_batch=laws.st.integers(1, 8),
+)
+test_any_chunk_schedule_gives_the_samples_of_the_whole = fewer(
+    laws.test_any_chunk_schedule_gives_the_samples_of_the_whole,
+    request=laws.requests,
+    first_s=laws.st.floats(0.05, 1.0),
+    max_s=laws.st.floats(0.05, 2.0),
+    cut=laws.st.integers(1, 40),
+)
+
+
+def test_a_pool_too_small_for_two_preempts_and_still_gives_the_codes_of_alone() -> None:
+    laws.test_a_pool_too_small_for_two_preempts_and_still_gives_the_codes_of_alone()
+
+
+def test_a_cancelled_request_frees_its_blocks_and_raises_in_its_stream() -> None:
+    laws.test_a_cancelled_request_frees_its_blocks_and_raises_in_its_stream()
