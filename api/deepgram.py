@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from starlette.datastructures import QueryParams
 
 from declaim.api.errors import InvalidBody, error_body
+from declaim.api.keys import check_affiliation
 from declaim.api.live_session import (
     ClauseAudio,
     LiveConfig,
@@ -75,6 +76,7 @@ def build_deepgram_router(services: LiveServices, limits: SocketLimits, places: 
         try:
             engine = services.serving.engine()
             caller = await services.gate.authenticate(credential)
+            check_affiliation(caller, websocket.headers)
             query = _read_query(websocket.query_params, model_name=engine.model_name)
             await services.voices.resolve(caller.tenant, query.voice)
             with places.place(caller.tenant):

@@ -24,6 +24,7 @@ from fastapi import APIRouter, WebSocket
 
 from declaim.api.clauses import Granularity
 from declaim.api.errors import MissingParameter, answer_for, error_body
+from declaim.api.keys import check_affiliation
 from declaim.api.live_session import (
     ClauseAudio,
     ClauseBegun,
@@ -70,6 +71,7 @@ def build_live_router(services: LiveServices, limits: SocketLimits, places: Sock
         try:
             services.serving.engine()
             caller = await services.gate.authenticate(credential)
+            check_affiliation(caller, websocket.headers)
             with places.place(caller.tenant):
                 await websocket.accept(subprotocol=subprotocol)
                 await _LiveSocket(Socket(websocket, limits), services, limits, credential=credential).serve()

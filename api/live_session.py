@@ -162,7 +162,10 @@ class LiveSession:
     @property
     def is_busy(self) -> bool:
         """Whether anything is being spoken, or could be without more text."""
-        return any(each.is_whole or each.clauses or each.num_heard < each.num_started for each in self._utterances)
+        return any(
+            each.is_whole or each.clauses or (each.failure is None and each.num_heard < each.num_started)
+            for each in self._utterances
+        )
 
     @property
     def next_index(self) -> int:

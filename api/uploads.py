@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import io
 from collections.abc import AsyncGenerator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,6 +19,7 @@ from starlette.datastructures import UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import ClientDisconnect
 
+from declaim.api.body import drop_body
 from declaim.api.errors import ApiError, BodyTooLarge, ClientGone, InvalidBody, UnsupportedMediaType
 from declaim.engine.errors import InvalidRequest
 from declaim.engine.voices import MAX_REFERENCE_S, prepare_reference, read_audio_bytes
@@ -76,6 +78,8 @@ async def read_form(request: Request) -> Form:
     """
     media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if media_type != "multipart/form-data":
+        with suppress(BodyTooLarge):
+            await drop_body(request)
         raise UnsupportedMediaType(f"The content type '{media_type}' is not taken: send multipart/form-data")
     parser = MultiPartParser(
         request.headers, _limited(request), max_files=1, max_fields=MAX_FIELDS, max_part_size=MAX_FIELD_BYTES

@@ -12,15 +12,17 @@ import re
 from collections import Counter, OrderedDict
 from collections.abc import AsyncGenerator, Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
 from fastapi import APIRouter, Query, Request
 from pydantic import ValidationError
 
-from declaim.api.errors import ApiError, InvalidBody, MissingParameter
+from declaim.api.body import drop_body
+from declaim.api.errors import ApiError, BodyTooLarge, InvalidBody, MissingParameter
 from declaim.api.gate import Caller, Gate, credential_of
+from declaim.api.keys import check_affiliation
 from declaim.api.store.database import Database
 from declaim.api.store.voices import LimitReached, StoredConsent, StoredVoice, VoiceTables
 from declaim.api.uploads import Form, Recording, from_flac, read_form, read_recording
@@ -33,7 +35,7 @@ from declaim.api.voice_schemas import (
     Voice,
     VoiceList,
 )
-from declaim.engine.errors import InvalidRequest, Overloaded, VoiceNotFound
+from declaim.engine.errors import DeclaimError, InvalidRequest, Overloaded, VoiceNotFound
 from declaim.engine.request import EncodedVoice
 from declaim.engine.request import Voice as ReferenceVoice
 from declaim.engine.spec import ModelSpec
@@ -412,7 +414,22 @@ def build_voices_router(store: VoiceStore, gate: Gate, *, lists_publicly: bool =
     router = APIRouter()
 
     async def caller_of(request: Request) -> Caller:
-        return await gate.authenticate(credential_of(request.headers, request.query_params))
+        caller = await gate.authenticate(credential_of(request.headers, request.query_params))
+        check_affiliation(caller, request.headers)
+        return caller
+
+    @asynccontextmanager
+    async def uploading(request: Request) -> AsyncGenerator[Caller, None]:
+        async with AsyncExitStack() as stack:
+            try:
+                caller = await caller_of(request)
+                await stack.enter_async_context(store.upload_slot(caller.tenant))
+            except DeclaimError:
+                # Read to its end: a client that is still sending would meet a reset, not this answer.
+                with suppress(BodyTooLarge):
+                    await drop_body(request)
+                raise
+            yield caller
 
     @router.get("/v1/audio/voices")
     async def list_voices(request: Request) -> VoiceList:
@@ -426,8 +443,7 @@ def build_voices_router(store: VoiceStore, gate: Gate, *, lists_publicly: bool =
     @router.post("/v1/audio/voices", openapi_extra=_form_schema("audio_sample", "name", "consent", "transcript"))
     async def create_voice(request: Request) -> Voice:
         """Make a voice from a recording of 1 to 30 s. `transcript`, an extension, is what is said in it."""
-        caller = await caller_of(request)
-        async with store.upload_slot(caller.tenant):
+        async with uploading(request) as caller:
             form = await read_form(request)
             kind = form.fields.get("type", "audio_sample")
             if kind != "audio_sample":
@@ -456,8 +472,7 @@ def build_voices_router(store: VoiceStore, gate: Gate, *, lists_publicly: bool =
     @router.post("/v1/audio/voice_consents", openapi_extra=_form_schema("recording", "name", "language"))
     async def create_consent(request: Request) -> Consent:
         """Keep a recording in which a speaker consents to be imitated."""
-        caller = await caller_of(request)
-        async with store.upload_slot(caller.tenant):
+        async with uploading(request) as caller:
             form = await read_form(request)
             return await store.create_consent(
                 caller.tenant,

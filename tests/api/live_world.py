@@ -49,6 +49,7 @@ class TextEngine(FakeEngine):
     pace_s: float = 0.0
     failure: DeclaimError | None = None
     num_chunks: int = 0
+    num_cancelled: int = 0
     began: dict[str, float] = field(default_factory=dict)
     ended: dict[str, float] = field(default_factory=dict)
 
@@ -60,6 +61,7 @@ class TextEngine(FakeEngine):
         self.requests.append(request)
         self.began[request.text] = time.perf_counter()
         audio = tone(request.text)
+        is_whole = False
         try:
             for first in range(0, len(request.text), 5):
                 await asyncio.sleep(self.pace_s)
@@ -77,10 +79,12 @@ class TextEngine(FakeEngine):
                     finish_reason="stop" if last == len(request.text) else None,
                     words=(Word(request.text[first:last], first / 25, last / 25),) if request.word_timestamps else (),
                 )
+            is_whole = True
             self.finished.append(request.text)
         finally:
             self.ended[request.text] = time.perf_counter()
-            if request.text not in self.finished:
+            if not is_whole:
+                self.num_cancelled += 1
                 self.cancelled[request.text] = time.perf_counter()
 
 
@@ -117,9 +121,18 @@ class NamedGate(OpenGate):
 
 @dataclass(slots=True)
 class World:
+    """A running server, and what its engine and its gate have seen."""
+
     address: str
     engine: TextEngine
     gate: NamedGate
+
+    def forget(self) -> World:
+        """As if it had just started."""
+        for seen in (self.engine.requests, self.engine.finished, self.gate.admitted, self.gate.usages):
+            seen.clear()
+        self.engine.cancelled.clear()
+        return self
 
     @contextmanager
     def live(self, path: str = "/v1/audio/speech/stream", **config: object) -> Iterator[LiveClient]:

@@ -149,18 +149,28 @@ def _clients_python(package: str) -> str:
     return python
 
 
-@pytest.mark.parametrize("package", ["pipecat", "livekit"])
-def test_the_stock_plugin_streams_text_in(world: World, package: str) -> None:
+def heard_by(package: str, *arguments: str) -> dict[str, int]:
+    """What a stock client heard, in a process of its own."""
     script = Path(__file__).parent / "clients" / f"{package}_deepgram.py"
     done = subprocess.run(
-        [_clients_python(package), str(script), world.address, FIRST, SECOND],
-        capture_output=True,
-        text=True,
-        timeout=90,
-        check=False,
+        [_clients_python(package), str(script), *arguments], capture_output=True, text=True, timeout=90, check=False
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    heard = json.loads(done.stdout.strip().splitlines()[-1])
+    return dict(json.loads(done.stdout.strip().splitlines()[-1]))
+
+
+@pytest.mark.parametrize("package", ["pipecat", "livekit"])
+def test_the_stock_plugin_streams_text_in(world: World, package: str) -> None:
+    heard = heard_by(package, world.address, FIRST, SECOND)
     assert heard["sample_rate"] == 24_000
     assert heard["num_bytes"] == pytest.approx(len(pcm(FIRST) + pcm(SECOND)), rel=0.03)
     assert [request.text for request in world.engine.requests] == [FIRST, SECOND]
+
+
+def test_pipecat_is_interrupted_and_speaks_on(tmp_path: Path) -> None:
+    with live_world(tmp_path, TextEngine(pace_s=0.05)) as world:
+        heard = heard_by("pipecat", world.address, "--interrupt", FIRST, SECOND)
+        assert heard["num_bytes"] == pytest.approx(len(pcm(FIRST) + pcm(SECOND)), rel=0.03)
+        assert [request.text for request in world.engine.requests] == [FIRST, SECOND] * 2
+        assert world.engine.num_cancelled == 2
+        assert [usage.outcome for usage in world.gate.usages] == ["client_gone", "complete"]

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import io
 import json
+import random
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +17,7 @@ import pytest
 import soundfile
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from websockets.asyncio.client import connect as connect_async
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.sync.client import connect
 
@@ -337,6 +341,14 @@ def test_silence_is_timed(tmp_path: Path) -> None:
                 client.next()
 
 
+def test_an_utterance_that_failed_and_never_ends_is_idle(tmp_path: Path) -> None:
+    engine = TextEngine(failure=SequenceFailed("it failed"))
+    with live_world(tmp_path, engine, idle_timeout_s=0.2) as world, world.live() as client:
+        client.say("This sentence goes BOOM in the middle. And", done=False)
+        assert events_of(client.until("error"))[-1]["message"] == "it failed"
+        assert "0.2 s" in str(events_of(client.until("error"))[-1]["message"])
+
+
 def test_keys_come_as_a_header_a_query_or_a_subprotocol(world: World) -> None:
     url = f"ws://{world.address}{PATH}"
     for query, headers, protocols in (
@@ -370,6 +382,40 @@ def _opens(world: World) -> bool:
             return True
     except InvalidStatus:
         return False
+
+
+def test_sockets_that_drop_anywhere_leave_nothing_behind(tmp_path: Path) -> None:
+    engine = TextEngine(pace_s=0.002)
+    chance = random.Random(5)
+
+    async def drop(address: str) -> None:
+        async with connect_async(f"ws://{address}{PATH}", close_timeout=0.2) as socket:
+            steps: list[object] = [{"type": "session.config", "response_format": "mp3", "stream_audio": True}]
+            steps += [{"type": "input.text", "text": f"{FIRST} {SECOND} {THIRD}"}, {"type": "input.done"}] * 2
+            steps += [{"type": "input.cancel"}, {"type": "session.close"}]
+            for step in steps[: chance.randrange(len(steps) + 1)]:
+                await socket.send(json.dumps(step))
+            for _ in range(chance.randrange(6)):
+                try:
+                    await asyncio.wait_for(socket.recv(), 0.05)
+                except (TimeoutError, ConnectionClosed):
+                    break
+            if chance.random() < 0.5:
+                socket.transport.abort()
+
+    async def storm(address: str) -> None:
+        await asyncio.gather(*(drop(address) for _ in range(60)))
+
+    with live_world(tmp_path, engine) as world:
+        num_threads = threading.active_count()
+        asyncio.run(storm(world.address))
+        assert eventually(lambda: len(engine.finished) + engine.num_cancelled == len(engine.requests), within_s=5)
+        assert eventually(lambda: len(world.gate.usages) == len(world.gate.admitted), within_s=5)
+        assert engine.num_cancelled > 5
+        assert threading.active_count() <= num_threads + 8  # the default executor's
+        with world.live() as client:
+            client.say(FIRST)
+            assert audio_of(client.until("session.done")) == pcm(FIRST)
 
 
 VALUES = st.none() | st.booleans() | st.integers() | st.text(max_size=20) | st.lists(st.integers(), max_size=2)

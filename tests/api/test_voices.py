@@ -482,6 +482,20 @@ def test_the_openai_client_makes_and_deletes_a_voice(world: World) -> None:
         assert client.audio.voice_consents.delete(consent.id).deleted
 
 
+def test_a_refusal_is_seen_by_a_client_that_is_still_sending(world: World) -> None:
+    with served(world.client.app) as address:
+        for tenant, content_type, status in (
+            ("wrong", "multipart/form-data; boundary=b", 401),
+            ("acme", "text/plain", 415),
+        ):
+            response = httpx.post(
+                f"http://{address}/v1/audio/voices",
+                headers={**key(tenant), "content-type": content_type},
+                content=bytes(12 << 20),
+            )
+            error_of(response, status)
+
+
 def test_containers_are_known_by_their_first_bytes() -> None:
     assert container_of(b"RIFF\x00\x00\x00\x00AVI LIST") is None
     assert container_of(b"") is None and container_of(b"\xff") is None
