@@ -15,10 +15,8 @@ from rich.text import Text
 
 from declaim.api.terminal import exits_on_error
 from declaim.engine.config import DTypeName
-from declaim.engine.errors import InvalidConfig
-from declaim.engine.memory import GB, Device, DevicePlan, Load, Offload, Use, imagined_gpu, plan_device, probe_device
+from declaim.engine.memory import GB, DevicePlan, Load, Offload, Use, find_device, plan_device
 from declaim.engine.parts import DAC_44KHZ, KNOWN_CONFIGS, ModelParts, describe_model
-from declaim.engine.safetensors_io import read_json
 
 _DEFAULT = Load()
 
@@ -40,7 +38,7 @@ def plan(
     with exits_on_error():
         planned = plan_device(
             describe(model),
-            _device(device, memory_gb),
+            find_device(device, memory_gb=memory_gb),
             load=Load(max_batch=concurrency, stream_s=seconds),
             dtype=dtype,
             offload=offload,
@@ -54,6 +52,7 @@ def describe(model: str) -> ModelParts:
     Raises: ModelNotFound, ModelLoadError.
     """
     from declaim.engine.loader import EMBEDDED_FOLDER, EMBEDDED_NAME
+    from declaim.engine.safetensors_io import read_json
 
     if model in KNOWN_CONFIGS and not Path(model).exists():
         return describe_model(KNOWN_CONFIGS[model], DAC_44KHZ, name=model)
@@ -115,20 +114,6 @@ def _meaning(plan: DevicePlan) -> list[str]:
     for use in plan.offloaded:
         lines.append(f"In host memory, beyond the budget: {use.name}, {use.num_bytes / GB:.3f} GB when in use.")
     return lines
-
-
-def _device(name: Literal["auto", "cpu", "cuda"], memory_gb: float | None) -> Device:
-    """A GPU that is only imagined where a budget is named, else what this machine has. Raises: InvalidConfig."""
-    import torch
-
-    if memory_gb is not None and not 0 < memory_gb < float("inf"):
-        raise InvalidConfig(f"memory_gb is {memory_gb}: it must be positive; leave it out for this machine's own")
-    if memory_gb is not None and name != "cpu":
-        return imagined_gpu(memory_gb)
-    has_gpu = torch.cuda.is_available()
-    if name == "cuda" and not has_gpu:
-        raise InvalidConfig("device is 'cuda', and there is no GPU here to ask for its free memory: give --memory-gb")
-    return probe_device(torch.device("cuda" if has_gpu and name != "cpu" else "cpu"), memory_gb=memory_gb)
 
 
 def _fetched(repo_id: str) -> Path:

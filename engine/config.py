@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Literal
-
-import torch
+from typing import TYPE_CHECKING, Literal
 
 from declaim.engine.errors import InvalidConfig
+from declaim.engine.memory import Offload
+
+if TYPE_CHECKING:
+    import torch
 
 DTypeName = Literal["auto", "float32", "float16", "bfloat16", "int4"]
 VocoderName = Literal["inline", "ray"]
@@ -17,7 +19,7 @@ MAX_EXACT_THREADS = 4  # kernels/linear.py keeps its law up to here, measured; s
 
 INT4_GROUP_SIZES = (128, 64, 32)
 
-_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+_DTYPES = ("float32", "float16", "bfloat16")
 
 # By family: what int4 leaves in the activations' dtype, as patterns of checkpoint names. Embeddings are read and not
 # multiplied; heads, and the few layers that say how long a phoneme lasts, cost more than they save. Of the embedded
@@ -29,6 +31,7 @@ _KEPT_DENSE: Mapping[str, tuple[str, ...]] = {
         *("*_embedding.*", "head.*", "duration.*", "side_proj.*"),
         *("decoder.*", "encoder.*.qkv_proj.*", "encoder.*.o_proj.*"),
     ),
+    "zonos": ("embeddings.*", "heads.*", "prefix_conditioner.*", "*.fc1.*"),
 }
 
 
@@ -60,8 +63,10 @@ class EngineConfig:
     int4_keep_dense: patterns of the checkpoint names that int4 leaves as they are; None takes the family's own.
     vocoder: "inline" decodes in this process, "ray" in a pool of workers that survives their death.
     max_batch: sequences in one step. max_waiting: sequences that may wait beyond those; more are refused.
-    memory_gb: for the model's weights and its KV cache together; None takes 90 % of a GPU's free memory, or half of the
-    host's.
+    memory_gb: for everything: weights, codec, CUDA's context, graphs and workspaces, KV cache; None takes 90 % of a
+    GPU's free memory, or three quarters of the host's.
+    offload: on a GPU, "text" keeps what reads the text on the CPU, "none" nothing, not even what encodes reference
+    audio; "auto" moves the text there only where that makes room for what is asked.
     num_blocks: fixes the number of KV blocks instead of planning it from memory.
     max_step_positions: positions computed in one step at most; a longer prompt is prefilled over several.
     eager: on a GPU, run each step operation by operation instead of as a captured graph: slower, for debugging.
@@ -83,6 +88,7 @@ class EngineConfig:
     max_batch: int = 32
     max_waiting: int = 256
     memory_gb: float | None = None
+    offload: Offload = "auto"
     num_blocks: int | None = None
     block_size: int = 32
     max_step_positions: int = 256
@@ -101,6 +107,8 @@ class EngineConfig:
             raise InvalidConfig(f"dtype is {self.dtype!r}: use auto, {', '.join(_DTYPES)} or int4")
         if self.int4_group_size not in (None, *INT4_GROUP_SIZES):
             raise InvalidConfig(f"int4_group_size is {self.int4_group_size}: use 128, 64 or 32, or leave it out")
+        if self.offload not in ("auto", "none", "text"):
+            raise InvalidConfig(f"offload is {self.offload!r}: use auto, none or text")
         if self.vocoder not in ("inline", "ray"):
             raise InvalidConfig(f"vocoder is {self.vocoder!r}: use inline or ray")
         for name in ("max_batch", "block_size", "max_step_positions"):
@@ -125,6 +133,8 @@ class EngineConfig:
 
     def resolve(self) -> EngineConfig:
         """A copy with "auto" replaced by what this machine has. Raises: InvalidConfig."""
+        import torch
+
         device = self.device
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -142,18 +152,26 @@ class EngineConfig:
         return replace(self, device=device, dtype=dtype, num_threads=self.num_threads or self._default_threads())
 
     def _default_threads(self) -> int:
+        import torch
+
         num_others = self.vocoder_workers[0] if self.vocoder == "ray" and self.ray_address is None else 0
         return max(1, min(MAX_EXACT_THREADS, torch.get_num_threads() - num_others))
 
     @property
     def torch_device(self) -> torch.device:
         """The resolved device."""
+        import torch
+
         return torch.device(self.device)
 
     @property
     def torch_dtype(self) -> torch.dtype:
         """The resolved dtype of activations, cache and whatever is not int4."""
-        return _DTYPES[_default_dtype(self.torch_device) if self.dtype == "int4" else self.dtype]
+        import torch
+
+        name = _default_dtype(self.torch_device) if self.dtype == "int4" else self.dtype
+        dtype: torch.dtype = getattr(torch, name)
+        return dtype
 
     def int4_recipe(self, family: str) -> Int4Recipe | None:
         """How to quantize a model of this family while it is loaded; None leaves it as it is."""
@@ -169,6 +187,8 @@ class EngineConfig:
 
 def _default_dtype(device: torch.device) -> DTypeName:
     """What a device computes well."""
+    import torch
+
     if device.type == "cpu":
         return "float32"
     return "bfloat16" if torch.cuda.get_device_capability(device) >= (8, 0) else "float16"

@@ -16,7 +16,7 @@ import sys
 import threading
 import time
 import uuid
-from collections import OrderedDict, deque
+from collections import Counter, OrderedDict, deque
 from collections.abc import AsyncGenerator, Callable, Generator
 from collections.abc import Sequence as Items
 from dataclasses import dataclass
@@ -32,6 +32,7 @@ from declaim.engine.chunks import ChunkPolicy
 from declaim.engine.codec.base import Codec, CodecRecipe
 from declaim.engine.codec.load import load_codec
 from declaim.engine.config import EngineConfig
+from declaim.engine.controls import resolve_controls
 from declaim.engine.errors import (
     Cancelled,
     DeclaimError,
@@ -44,10 +45,23 @@ from declaim.engine.errors import (
     VoiceNotFound,
 )
 from declaim.engine.graphs import GraphRunner
+from declaim.engine.guard import Guard, with_another_seed
+from declaim.engine.integrity import QUANTIZATION_NAME
 from declaim.engine.lexicon import Lexicon
-from declaim.engine.loader import EMBEDDED_NAME, find_model, load_model
-from declaim.engine.memory import GB, MemoryPlan, available_bytes, plan_memory
+from declaim.engine.loader import EMBEDDED_NAME, ModelFiles, find_model, load_model
+from declaim.engine.memory import (
+    GB,
+    WINDOW_BATCHES,
+    DevicePlan,
+    Load,
+    MemoryPlan,
+    available_bytes,
+    plan_device,
+    plan_memory,
+    probe_device,
+)
 from declaim.engine.models.base import SpeechModel
+from declaim.engine.parts import describe_model
 from declaim.engine.progress import Progress, ignore_progress
 from declaim.engine.request import (
     AudioChunk,
@@ -60,13 +74,16 @@ from declaim.engine.request import (
     Voice,
 )
 from declaim.engine.runner import LaunchedStep, Runner
+from declaim.engine.safetensors_io import read_json
 from declaim.engine.scheduler import Scheduler, SchedulerLimits
 from declaim.engine.sequence import Playback, Prompt, Sequence, SequenceInput
+from declaim.engine.speaker import SpeakerEncoder
 from declaim.engine.spec import ModelSpec
+from declaim.engine.stats import EngineStats
 from declaim.engine.stream import Event, Finished, RequestStream, Sink
 from declaim.engine.text import TextOptions
 from declaim.engine.threads import one_thread
-from declaim.engine.vocoder.base import Vocoder, Wake
+from declaim.engine.vocoder.base import Vocoder, Wake, WorkerPool
 from declaim.engine.vocoder.inline import InlineVocoder
 from declaim.kernels import backend
 
@@ -74,24 +91,10 @@ log = logging.getLogger(__name__)
 
 MAX_CACHED_VOICES = 64
 WARM_UP_TEXT = "This is a short test."
+PLACES_PER_FREE_PLACE = 3.0  # what a tenant of weight 1 may hold while so much is free
 SEED_STRIDE = 0x9E3779B97F4A7C15
 
 VocoderFactory = Callable[[Wake], Vocoder]
-
-
-@dataclass(frozen=True, slots=True)
-class EngineStats:
-    """What the engine holds at one moment, and what it has done so far."""
-
-    running: int
-    waiting: int
-    streams: int
-    blocks_used: int
-    blocks_total: int
-    vocoder_pending: int
-    steps: int
-    frames: int
-    preemptions: int
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -101,6 +104,7 @@ class _Ticket:
     request_id: str
     prompts: tuple[Prompt, ...]
     samplings: tuple[ResolvedSampling, ...]
+    guards: tuple[Guard | None, ...]
     paced: bool
     max_frames: int | None
     tenant: str
@@ -120,21 +124,28 @@ class Engine:
         make_vocoder: VocoderFactory,
         model_name: str,
         load_encoder: Callable[[], Codec] | None = None,
+        load_speaker: Callable[[], SpeakerEncoder] | None = None,
+        plan: DevicePlan | None = None,
         progress: Progress = ignore_progress,
     ) -> None:
-        """Plan memory, allocate it, and start the thread. `config` is resolved.
+        """Allocate memory as planned, and start the thread. `config` is resolved.
 
         load_encoder: loads the codec with what encodes reference audio; None if the family clones no voices.
+        load_speaker: loads what makes an embedding of reference audio; None if the family has none, or it is not here.
+        plan: made before the model was loaded; None plans for the loaded model alone.
         progress: hears of the graphs that are captured.
         Raises: OutOfMemory, and whatever `make_vocoder` raises.
         """
         self.spec: ModelSpec = model.spec
         self.model_name = model_name
         self.config = config
-        self.plan: MemoryPlan = _plan(model, config)
+        self.device_plan = plan
+        self.plan: MemoryPlan = _plan_cache(model, config, plan)
         self._model = model
         self._load_encoder = load_encoder
         self._encoder: Codec | None = None
+        self._load_speaker = load_speaker
+        self._speaker: SpeakerEncoder | None = None
         self._encoder_lock = threading.Lock()
         self._voices: dict[str, EncodedVoice] = {}
         self._encoded: OrderedDict[bytes, EncodedVoice] = OrderedDict()
@@ -147,6 +158,7 @@ class Engine:
         self._has_room = threading.Condition(self._lock)
         self._inbox: deque[_Ticket | str] = deque()  # a request, or the id of one to cancel
         self._num_open = 0  # sequences accepted and not yet finished
+        self._num_open_of: Counter[str] = Counter()  # by tenant
         self._open_ids: set[str] = set()
         self._is_closing = False
         self._awake = threading.Event()
@@ -169,6 +181,8 @@ class Engine:
         self._in_flight: list[LaunchedStep] = []  # launched, and not committed yet
         self._num_steps = 0
         self._num_frames = 0
+        self._num_retries = 0
+        self._num_underruns = 0
 
         self._vocoder = make_vocoder(self._awake.set)
         self._thread = threading.Thread(target=self._loop, name="declaim-engine", daemon=True)
@@ -183,18 +197,28 @@ class Engine:
     ) -> Engine:
         """Load a model folder, a hub id, or the embedded voice ("lark"); `progress` hears how far it is.
 
+        Memory is planned first: what cannot fit is refused before a weight is read.
+
         Raises: ModelNotFound, ModelLoadError, InvalidConfig, OutOfMemory, EngineError (Ray unreachable).
         """
-        resolved = (config or EngineConfig()).resolve()
         files = find_model(str(model), progress)
-        loaded, codec, recipe = load_model(files, resolved, progress)
-        encoder_recipe = dataclasses.replace(recipe, dtype="float32")
+        plan, resolved = _plan_device(files, config or EngineConfig())
+        loaded, codec, recipe = load_model(files, resolved, progress, is_text_offloaded=plan.is_text_offloaded)
+        encoder_device = "cpu" if plan.is_reference_offloaded else recipe.device
+        speaker_folder = files.speaker_folder
+        encoder_recipe = dataclasses.replace(recipe, dtype="float32", device=encoder_device)
         return cls(
             loaded,
             resolved,
-            make_vocoder=lambda wake: _make_vocoder(resolved, codec, recipe, wake=wake),
+            make_vocoder=lambda wake: _make_vocoder(resolved, codec, recipe, wake=wake, plan=plan),
             model_name=files.name,
+            plan=plan,
             progress=progress,
+            load_speaker=(
+                None
+                if speaker_folder is None
+                else lambda: SpeakerEncoder.load(speaker_folder, device=torch.device("cpu"))
+            ),
             load_encoder=(
                 (lambda: load_codec(encoder_recipe, with_encoder=True)) if loaded.spec.supports_voice_prompt else None
             ),
@@ -295,6 +319,10 @@ class Engine:
             steps=self._num_steps,
             frames=self._num_frames,
             preemptions=self._scheduler.num_preemptions,
+            retries=self._num_retries,
+            underruns=self._num_underruns,
+            vocoder_workers=self._vocoder.num_workers if isinstance(self._vocoder, WorkerPool) else 0,
+            vocoder_restarts=self._vocoder.num_restarts if isinstance(self._vocoder, WorkerPool) else 0,
         )
 
     def close(self) -> None:
@@ -324,8 +352,11 @@ class Engine:
                 f"guidance_scale is {resolved.guidance_scale:g}: this model has no guidance; leave it out",
                 param="guidance_scale",
             )
+        resolve_controls(request.controls, self.spec.controls)  # refuses what the family does not take
         voice = self._voice_of(request)
         options = TextOptions(request.language, request.normalize, Lexicon.of(request.lexicon))
+        segments = self._model.segments(request.text, options)
+        guards = tuple(Guard.of(segment.text, self.spec, speed=request.speed) for segment in segments)
         prompts = tuple(
             self._model.tokenize(
                 segment.text,
@@ -334,9 +365,15 @@ class Engine:
                 sampling=resolved,
                 speed=request.speed,
                 language=request.language,
+                controls=request.controls,
+                embedding=voice.embedding,
+                voice_name=request.voice if request.voice in self.spec.voices else None,
                 words=segment.words if request.word_timestamps else (),
             )
-            for segment in self._model.segments(request.text, options)
+            for segment in segments
+        )
+        prompts = tuple(
+            prompt if guard is None else guard.limit(prompt) for prompt, guard in zip(prompts, guards, strict=True)
         )
         ticket = _Ticket(
             request_id=request.request_id or _new_request_id(),
@@ -345,6 +382,7 @@ class Engine:
                 dataclasses.replace(resolved, seed=(resolved.seed + i * SEED_STRIDE) % 2**63)
                 for i in range(len(prompts))
             ),
+            guards=guards,
             paced=paced,
             max_frames=(
                 max(1, int(resolved.max_seconds * self.spec.codec.frame_rate_hz + 1e-6))
@@ -365,10 +403,8 @@ class Engine:
 
         Raises: Overloaded, EngineClosed, InvalidRequest if a request of that id is running.
         """
-        limit = self.config.max_batch + self.config.max_waiting
-        count = len(ticket.prompts)
         with self._lock:
-            while wait and self._num_open and self._num_open + count > limit and not self._is_closing:
+            while wait and self._refusal(ticket) is not None and not self._is_closing:
                 self._has_room.wait()
             if self._is_closing:
                 raise EngineClosed("the engine is closed")
@@ -376,16 +412,37 @@ class Engine:
                 raise InvalidRequest(
                     f"a request {ticket.request_id!r} is running: choose another id", param="request_id"
                 )
-            if self._num_open and self._num_open + count > limit:
-                raise Overloaded(
-                    f"{self._num_open} sequences are in the engine and this request brings {count};"
-                    f" the limit is {limit} (max_batch {self.config.max_batch} + max_waiting"
-                    f" {self.config.max_waiting}): try again in a second"
-                )
-            self._num_open += count
+            refusal = self._refusal(ticket)
+            if refusal is not None:
+                raise Overloaded(refusal)
+            self._num_open += len(ticket.prompts)
+            self._num_open_of[ticket.tenant] += len(ticket.prompts)
             self._open_ids.add(ticket.request_id)
             self._inbox.append(ticket)
         self._awake.set()
+
+    def _refusal(self, ticket: _Ticket) -> str | None:
+        """Why a ticket cannot be taken in now; None if it can. The lock is held.
+
+        A tenant may hold no more than so many times what it leaves free: alone it fills three quarters, and the fuller
+        the engine is the less anybody may hold, so whoever comes next finds a place. Source: Choudhury and Hahne,
+        "Dynamic Queue Length Thresholds for Shared-Memory Packet Switches", 1998.
+        """
+        limit, count = self.config.max_batch + self.config.max_waiting, len(ticket.prompts)
+        held, total = self._num_open_of[ticket.tenant], self._num_open + count
+        if self._num_open and total > limit:
+            return (
+                f"{self._num_open} sequences are in the engine and this request brings {count};"
+                f" the limit is {limit} (max_batch {self.config.max_batch} + max_waiting"
+                f" {self.config.max_waiting}): try again in a second"
+            )
+        share = int(PLACES_PER_FREE_PLACE * ticket.weight * (limit - total))
+        if not (ticket.tenant and held) or held + count <= share:
+            return None
+        return (
+            f"tenant {ticket.tenant!r} has {held} sequences in the engine and this request brings {count}; as"
+            f" full as it would be, a tenant may hold {share} of its {limit} places: try again when some have ended"
+        )
 
     def _submit_all(self, tickets: Items[_Ticket]) -> None:
         for ticket in tickets:
@@ -404,7 +461,7 @@ class Engine:
 
     def _voice_of(self, request: SpeechRequest) -> EncodedVoice:
         voice = request.voice
-        if voice is None or voice in ("default", self.model_name):
+        if voice is None or voice in ("default", self.model_name, *self.spec.voices):
             return EncodedVoice("", self._no_codes())
         if isinstance(voice, EncodedVoice):
             self._check_voice(voice)
@@ -412,7 +469,7 @@ class Engine:
         if isinstance(voice, Voice):
             return self.encode_voice(voice)
         if voice not in self._voices:
-            known = ", ".join(["default", *sorted(self._voices)])
+            known = ", ".join(["default", *self.spec.voices, *sorted(self._voices)])
             raise VoiceNotFound(f"no voice {voice!r} here: the voices are {known}", param="voice")
         return self._voices[voice]
 
@@ -432,8 +489,12 @@ class Engine:
             if key not in self._encoded:
                 if self._encoder is None:
                     self._encoder = self._load_encoder()
+                if self._speaker is None and self._load_speaker is not None:
+                    self._speaker = self._load_speaker()
                 with one_thread():
-                    self._encoded[key] = EncodedVoice(voice.transcript, encode_voice(self._encoder, voice))
+                    codes = encode_voice(self._encoder, voice)
+                    embedding = None if self._speaker is None else self._speaker.encode(voice)
+                self._encoded[key] = EncodedVoice(voice.transcript, codes, embedding)
                 while len(self._encoded) > MAX_CACHED_VOICES:
                     self._encoded.popitem(last=False)
             self._encoded.move_to_end(key)
@@ -518,6 +579,7 @@ class Engine:
             codec=self.spec.codec,
             policy=self._policy,
             max_frames=ticket.max_frames,
+            guards=ticket.guards,
         )
         self._streams[ticket.request_id] = stream
         self._owners |= {sequence.sequence_id: stream for sequence in sequences}
@@ -570,9 +632,32 @@ class Engine:
             sequence = entry.sequence
             if sequence.is_done:
                 self._runner.release(sequence)
+                if self._retry(sequence):
+                    continue
             windows = self._owners[sequence.sequence_id].windows_ready(sequence)
             if windows:
                 self._vocoder.submit(windows)
+
+    def _retry(self, sequence: Sequence) -> bool:
+        """Speak an unsound segment anew with another seed where that helps and nobody has heard it. Whether it does."""
+        stream = self._owners[sequence.sequence_id]
+        verdict = stream.verdict(sequence)
+        given = sequence.given
+        if verdict is None or given.sampling.greedy or not stream.may_restart(given.segment):
+            return False
+        log.warning("event=retried request_id=%s segment=%d verdict=%s", given.request_id, given.segment, verdict)
+        self._vocoder.cancel(sequence.sequence_id)
+        del self._owners[sequence.sequence_id]
+        given = dataclasses.replace(
+            given, sequence_id=self._next_sequence_id, sampling=with_another_seed(given.sampling)
+        )
+        self._next_sequence_id += 1
+        again = Sequence(given=given, rule=self.spec.rule, playback=sequence.playback)
+        stream.restart(again)
+        self._owners[again.sequence_id] = stream
+        self._scheduler.add(again)
+        self._num_retries += 1
+        return True
 
     def _fail(self, sequence: Sequence, error: Exception) -> None:
         stream = self._owners.get(sequence.sequence_id)
@@ -606,6 +691,7 @@ class Engine:
 
     def _end(self, stream: RequestStream, reason: FinishReason, *, error: DeclaimError | None = None) -> None:
         """Take a request out, free all it holds, and tell its caller."""
+        self._num_underruns += stream.num_underruns
         del self._streams[stream.request_id]
         for sequence in stream.sequences:
             del self._owners[sequence.sequence_id]
@@ -614,6 +700,10 @@ class Engine:
             self._vocoder.cancel(sequence.sequence_id)
         with self._lock:
             self._num_open -= len(stream.sequences)
+            tenant = stream.sequences[0].given.tenant
+            self._num_open_of[tenant] -= len(stream.sequences)
+            if not self._num_open_of[tenant]:
+                del self._num_open_of[tenant]
             self._open_ids.discard(stream.request_id)
             self._has_room.notify_all()
         if not self._streams:
@@ -687,9 +777,50 @@ def _raise_unless_whole(request_id: str, event: Finished) -> None:
         raise Cancelled(f"request {request_id} was cancelled")
 
 
-def _plan(model: SpeechModel, config: EngineConfig) -> MemoryPlan:
+def _plan_device(files: ModelFiles, config: EngineConfig) -> tuple[DevicePlan, EngineConfig]:
+    """Plan from the configs alone, before a weight is read. Returns the settings with what was chosen."""
+    resolved = config.resolve()
+    parts = describe_model(
+        read_json(files.folder / "config.json"), read_json(files.codec_folder / "config.json"), name=files.name
+    )
+    load = Load(
+        max_batch=config.max_batch,
+        block_size=config.block_size,
+        max_step_positions=config.max_step_positions,
+        max_chunk_s=config.max_chunk_s,
+    )
+    is_quantized = (files.folder / QUANTIZATION_NAME).exists()
+    plan = plan_device(
+        parts,
+        probe_device(resolved.torch_device, memory_gb=config.memory_gb),
+        load=load,
+        dtype="int4" if is_quantized else config.dtype,
+        offload=config.offload,
+    )
+    log.info(
+        "event=planned model=%s dtype=%s max_batch=%d streams=%d used_gb=%.3f budget_gb=%.3f offloaded=%s reason=%r",
+        files.name,
+        plan.precision,
+        plan.max_batch,
+        plan.num_streams,
+        plan.used_bytes / GB,
+        plan.memory.budget_bytes / GB,
+        plan.is_text_offloaded,
+        plan.reason,
+    )
+    # A folder of int4 weights says itself which of its layers are; activations are as "auto" has them.
+    dtype = resolved.dtype if is_quantized else plan.precision
+    return plan, dataclasses.replace(resolved, dtype=dtype, max_batch=plan.max_batch)
+
+
+def _plan_cache(model: SpeechModel, config: EngineConfig, planned: DevicePlan | None) -> MemoryPlan:
+    plan = _plan_loaded(model, config) if planned is None else planned.memory
+    return plan if config.num_blocks is None else dataclasses.replace(plan, num_blocks=config.num_blocks)
+
+
+def _plan_loaded(model: SpeechModel, config: EngineConfig) -> MemoryPlan:
     budget = available_bytes(config.torch_device) if config.memory_gb is None else int(config.memory_gb * GB)
-    plan = plan_memory(
+    return plan_memory(
         model.spec,
         element_bytes=model.dtype.itemsize,
         # Weights loaded already are not part of what is still free.
@@ -698,9 +829,6 @@ def _plan(model: SpeechModel, config: EngineConfig) -> MemoryPlan:
         block_size=config.block_size,
         max_batch=config.max_batch,
     )
-    if config.num_blocks is not None:
-        plan = dataclasses.replace(plan, num_blocks=config.num_blocks)
-    return plan
 
 
 def _make_runner(
@@ -717,9 +845,11 @@ def _make_runner(
     return graphs
 
 
-def _make_vocoder(config: EngineConfig, codec: Codec, recipe: CodecRecipe, *, wake: Wake) -> Vocoder:
+def _make_vocoder(config: EngineConfig, codec: Codec, recipe: CodecRecipe, *, wake: Wake, plan: DevicePlan) -> Vocoder:
     if config.vocoder == "inline":
-        return InlineVocoder(codec, wake=wake)
+        # On the CPU each window is decoded alone, however many there are.
+        count = plan.window_batch if plan.device.kind == "cuda" else max(WINDOW_BATCHES)
+        return InlineVocoder(codec, wake=wake, max_windows_per_poll=count)
     from declaim.engine.vocoder.ray_pool import RayPoolOptions, RayVocoderPool
 
     fewest, most = config.vocoder_workers

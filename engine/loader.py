@@ -123,9 +123,16 @@ def resolve_parts(repo_id: str, hub: Hub, *, everything: bool = False) -> tuple[
 
 
 def load_model(
-    files: ModelFiles, config: EngineConfig, progress: Progress = ignore_progress
+    files: ModelFiles,
+    config: EngineConfig,
+    progress: Progress = ignore_progress,
+    *,
+    is_text_offloaded: bool = False,
 ) -> tuple[SpeechModel, Codec, CodecRecipe]:
-    """Load the codec (without its encoder) and the model; `config` is resolved. Raises: ModelLoadError."""
+    """Load the codec (without its encoder) and the model; `config` is resolved.
+
+    is_text_offloaded: what reads the text stays on the CPU, where the family allows it. Raises: ModelLoadError.
+    """
     device, dtype = config.torch_device, config.torch_dtype
     half = dtype if device.type == "cuda" else torch.float32
     recipe = CodecRecipe(
@@ -140,7 +147,7 @@ def load_model(
         progress("read", 0, total)
         codec = load_codec(recipe)
         progress("read", codec_bytes, total)
-        model = _load_family(files, codec.spec, dtype=dtype, device=device)
+        model = _load_family(files, codec.spec, config, is_text_offloaded=is_text_offloaded)
         progress("read", total, total)
     log.info("event=loaded model=%s family=%s dtype=%s device=%s", files.name, files.family, dtype, device)
     return model, codec, recipe
@@ -150,18 +157,26 @@ def _weight_bytes(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
 
 
-def _load_family(files: ModelFiles, codec: CodecSpec, *, dtype: torch.dtype, device: torch.device) -> SpeechModel:
+def _load_family(files: ModelFiles, codec: CodecSpec, config: EngineConfig, *, is_text_offloaded: bool) -> SpeechModel:
+    dtype, device, recipe = config.torch_dtype, config.torch_device, config.int4_recipe(files.family)
     if files.family == "dia":
         from declaim.engine.models.dia import DiaModel
 
-        return DiaModel.load(files.folder, codec=codec, dtype=dtype, device=device)
+        return DiaModel.load(
+            files.folder,
+            codec=codec,
+            dtype=dtype,
+            device=device,
+            recipe=recipe,
+            text_device=torch.device("cpu") if is_text_offloaded else None,
+        )
     if files.family == "zonos":
         from declaim.engine.models.zonos import ZonosModel
 
-        return ZonosModel.load(files.folder, codec=codec, dtype=dtype, device=device)
+        return ZonosModel.load(files.folder, codec=codec, dtype=dtype, device=device, recipe=recipe)
     from declaim.engine.models.lark import LarkModel
 
-    return LarkModel.load(files.folder, codec=codec, dtype=dtype, device=device)
+    return LarkModel.load(files.folder, codec=codec, dtype=dtype, device=device, recipe=recipe)
 
 
 def _fetch(repo_id: str, hub: Hub, progress: Progress) -> Path:

@@ -172,6 +172,20 @@ def probe_device(device: torch.device, *, memory_gb: float | None) -> Device:
     return imagined_gpu(memory_gb, has_bfloat16=has_bfloat16)
 
 
+def find_device(name: Literal["auto", "cpu", "cuda"], *, memory_gb: float | None) -> Device:
+    """A GPU that is only imagined where a budget is named, else what this machine has. Raises: InvalidConfig."""
+    import torch
+
+    if memory_gb is not None and not 0 < memory_gb < math.inf:
+        raise InvalidConfig(f"memory_gb is {memory_gb}: it must be positive; leave it out for this machine's own")
+    if memory_gb is not None and name != "cpu":
+        return imagined_gpu(memory_gb)
+    has_gpu = torch.cuda.is_available()
+    if name == "cuda" and not has_gpu:
+        raise InvalidConfig("device is 'cuda', and there is no GPU here to ask for its free memory: give --memory-gb")
+    return probe_device(torch.device("cuda" if has_gpu and name != "cpu" else "cpu"), memory_gb=memory_gb)
+
+
 def _free_host_bytes() -> int:
     return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 

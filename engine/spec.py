@@ -229,6 +229,8 @@ class ModelSpec:
     has_side: bool  # a vector of the text side is added to each row's embedding
     supports_speed: bool
     supports_voice_prompt: bool
+    # The fewest and most that speech may take; None where the family knows the length before it draws.
+    seconds_per_char: tuple[float, float] | None = None
     voices: tuple[str, ...] = ()  # the model's own, by name; the first is the default
     supports_dialogue: bool = False  # [S1] and [S2] in the text switch speakers
     controls: Mapping[str, ControlSpec] = field(default_factory=dict)

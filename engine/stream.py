@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from declaim.engine.chunks import ChunkPlanner, ChunkPolicy, Cut
 from declaim.engine.errors import DeclaimError
+from declaim.engine.guard import Guard, Verdict
 from declaim.engine.request import AudioChunk, FinishReason, Word
 from declaim.engine.sequence import Playback, Sequence
 from declaim.engine.spec import CodecSpec
@@ -56,14 +57,19 @@ class RequestStream:
         codec: CodecSpec,
         policy: ChunkPolicy,
         max_frames: int | None,
+        guards: Items[Guard | None],
     ) -> None:
-        """max_frames: the most frames of all sequences together; None where each has its own limit only."""
+        """max_frames: the most frames of all sequences together; None where each has its own limit only. guards: what
+        each sequence's length may be, where the family does not know it."""
         self.request_id = request_id
         self.sequences = tuple(sequences)
         self.sink = sink
         self.playback = playback
         self._codec = codec
         self._max_frames = max_frames
+        self._policy = policy
+        self._guards = tuple(guards)
+        self._restarted: set[int] = set()  # segments that are at their second seed
         self._planners = [ChunkPlanner(policy, codec) for _ in sequences]
         self._cuts: list[dict[int, Cut]] = [{} for _ in sequences]
         self._decoded: list[dict[int, NDArray[np.float32]]] = [{} for _ in sequences]
@@ -72,6 +78,25 @@ class RequestStream:
         self._segment_first = 0  # frames delivered before the segment that is delivered next
         self._delivered_codes: list[NDArray[np.int32]] = []
         self.finish_reason: FinishReason | None = None
+        self.num_underruns = 0  # times that the listener had heard all there was
+
+    def verdict(self, sequence: Sequence) -> Verdict | None:
+        """What is wrong with the length of a sequence that has ended."""
+        guard = self._guards[sequence.given.segment]
+        return None if guard is None else guard.verdict(sequence)
+
+    def may_restart(self, segment: int) -> bool:
+        """Whether a segment can be spoken anew: once, and if nobody has heard any of it."""
+        is_heard = segment < self.playback.segment or (segment == self.playback.segment and self._next_index > 0)
+        return not is_heard and segment not in self._restarted
+
+    def restart(self, sequence: Sequence) -> None:
+        """Forget what a segment's sequence has made, and take this one in its place."""
+        segment = sequence.given.segment
+        self._restarted.add(segment)
+        self.sequences = (*self.sequences[:segment], sequence, *self.sequences[segment + 1 :])
+        self._planners[segment] = ChunkPlanner(self._policy, self._codec)
+        self._cuts[segment], self._decoded[segment] = {}, {}
 
     def windows_ready(self, sequence: Sequence) -> list[Window]:
         """Windows of a sequence that can be decoded since the last call."""
@@ -105,6 +130,9 @@ class RequestStream:
         """Send every chunk whose turn has come; `finish_reason` is set once the last one has been sent."""
         while self.finish_reason is None:
             segment = self.playback.segment
+            # Where nobody listens yet, a segment is kept until it is known to be sound.
+            if self._guards[segment] is not None and not self.playback.paced and not self.sequences[segment].is_done:
+                return
             samples = self._decoded[segment].pop(self._next_index, None)
             if samples is None:
                 return
@@ -130,14 +158,15 @@ class RequestStream:
         is_last = is_cut_short or (cut.is_last and sequence is self.sequences[-1])
         reason: FinishReason | None = None
         if is_last:
-            reached = is_cut_short or any(other.finish_reason == "length" for other in self.sequences)
-            reason = "length" if reached else "stop"
+            reason = self._reason(is_cut_short=is_cut_short)
         first_frame = self._num_delivered
         self._num_delivered += num_frames
         self._delivered_codes.append(sequence.codes(cut.first, cut.first + num_frames))
         samples = samples[: num_frames * self._codec.hop]
         if len(samples) and self.playback.first_audio_at is None:
             self.playback.first_audio_at = now
+        elif len(samples) and self.playback.paced and self.playback.lead_s(now) < 0.0:
+            self.num_underruns += 1
         self.playback.delivered_s += len(samples) / self._codec.sample_rate_hz
         if num_frames or is_last:
             self.sink.deliver(
@@ -153,6 +182,18 @@ class RequestStream:
                 )
             )
         self.finish_reason = reason
+
+    def _reason(self, *, is_cut_short: bool) -> FinishReason:
+        """Of the whole request: the worst of its segments', as far as they are heard."""
+        heard = self.sequences[: self.playback.segment + 1]
+        # One that the request's limit cuts off has not ended on its own account.
+        verdicts = {self.verdict(other) for other in (heard[:-1] if is_cut_short else heard)}
+        if "runaway" in verdicts:
+            return "runaway"
+        if "missing" in verdicts:
+            return "missing"
+        is_long = is_cut_short or any(other.finish_reason == "length" for other in heard)
+        return "length" if is_long else "stop"
 
     def _words(self, sequence: Sequence, first: int, last: int) -> tuple[Word, ...]:
         """The words that begin in frames first .. last (exclusive) of a sequence; none is heard after it ends."""

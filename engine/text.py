@@ -899,7 +899,7 @@ def _best_cut(text: str, *, max_chars: int, min_chars: int) -> int:
         return min(enough or spaces, key=lambda i: abs(i - target))
     # An accent stays with its letter.
     whole = [i for i in range(1, max_chars + 1) if not unicodedata.combining(text[i])]
-    between = [i for i in whole if i >= earliest and not _INSIDE_WORD.match(text, i - 1) and not _in_number(text, i)]
+    between = [i for i in whole if not _INSIDE_WORD.match(text, i - 1) and not _in_number(text, i)]
     return (between or whole or [max_chars])[-1]
 
 

@@ -9,6 +9,7 @@ Source: transformers `DiaForConditionalGeneration`, whose greedy codes these are
 from __future__ import annotations
 
 from collections.abc import Mapping
+from collections.abc import Sequence as Items
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -59,6 +60,8 @@ from declaim.kernels.rope import rotary_table
 EXPECTED_CROSS_PER_ROW = (
     0.15  # text bytes for each row of codes, in ordinary speech (15 characters and 86 frames a second)
 )
+# Ordinary speech takes 0.067 s. These are far enough from it to be heard as wrong.
+SECONDS_PER_CHAR = (0.02, 0.4)
 SPEAKER_TAGS = ((b"[S1]", b"\x01"), (b"[S2]", b"\x02"))
 
 
@@ -157,16 +160,20 @@ class _Encoder:
 class DiaModel:
     """A loaded Dia. Keeps `SpeechModel`."""
 
-    def __init__(self, config: DiaConfig, weights: Checkpoint, *, spec: ModelSpec) -> None:
+    def __init__(
+        self, config: DiaConfig, weights: Checkpoint, *, spec: ModelSpec, encoder: _Encoder | None = None
+    ) -> None:
+        """encoder: one that is loaded already, wherever it is; None loads it beside the rest."""
         self.spec = spec
         self._config = config
-        self._encoder = _load_encoder(config, weights)
-        no_text = self._encoder.run(torch.zeros(1, dtype=torch.int64, device=self._encoder.embedding.device), config)
+        self._encoder = encoder or _load_encoder(config, weights)
+        self._embedding = weights.take(
+            "model.decoder.embeddings.embed.weight", (len(config.delay) * config.vocab_size, config.hidden)
+        )
+        no_text = self._encode([0])
         self._layers = tuple(_load_layer(config, weights, i, no_text=no_text) for i in range(config.layers))
-        num_codes = len(config.delay) * config.vocab_size
-        self._embedding = weights.take("model.decoder.embeddings.embed.weight", (num_codes, config.hidden))
         self._norm = weights.take("model.decoder.norm.weight", (config.hidden,))
-        self._head = weights.take_linear([("logits_dense.weight", num_codes)], config.hidden)
+        self._head = weights.take_linear([("logits_dense.weight", len(self._embedding))], config.hidden)
         self._angles = rotary_table(
             config.max_positions, config.shape.head_dim, theta=config.theta, device=self._embedding.device
         )
@@ -181,14 +188,23 @@ class DiaModel:
         dtype: torch.dtype,
         device: torch.device,
         recipe: Int4Recipe | None = None,
+        text_device: torch.device | None = None,
     ) -> DiaModel:
-        """Load a folder as transformers 5 saves it, quantized by `recipe` on the way. Raises: ModelLoadError."""
+        """Load a folder as transformers 5 saves it, quantized by `recipe` on the way.
+
+        text_device: where the text encoder is to be, in float32; None keeps it beside the decoder.
+        Raises: ModelLoadError.
+        """
         config = DiaConfig.read(read_json(folder / "config.json"), source=folder / "config.json")
         generation = folder / "generation_config.json"
         defaults = _defaults(read_json(generation) if generation.exists() else {})
         with torch.inference_mode():
             weights = Checkpoint(folder, dtype=dtype, device=device, recipe=recipe)
-            return cls(config, weights, spec=_spec(config, codec, defaults=defaults))
+            text_weights = weights
+            if text_device is not None:
+                text_weights = Checkpoint(folder, dtype=torch.float32, device=text_device)
+            encoder = _load_encoder(config, text_weights)
+            return cls(config, weights, encoder=encoder, spec=_spec(config, codec, defaults=defaults))
 
     @property
     def device(self) -> torch.device:
@@ -251,18 +267,22 @@ class DiaModel:
 
     @torch.inference_mode()
     def prepare(self, prompt: Prompt) -> Prefill:
-        text_ids = torch.tensor(prompt.text_ids, dtype=torch.int64, device=self.device)
-        encoded = self._encoder.run(text_ids, self._config)
+        encoded = self._encode(prompt.text_ids)
         head_dim = self._config.cross_shape.head_dim
         return Prefill(
             cross=tuple(
                 (
-                    linear(encoded, layer.cross_k).view(len(text_ids), -1, head_dim),
-                    linear(encoded, layer.cross_v).view(len(text_ids), -1, head_dim),
+                    linear(encoded, layer.cross_k).view(len(encoded), -1, head_dim),
+                    linear(encoded, layer.cross_v).view(len(encoded), -1, head_dim),
                 )
                 for layer in self._layers
             )
         )
+
+    def _encode(self, text_ids: Items[int]) -> torch.Tensor:
+        """[L, encoder_hidden], where the decoder is and in its dtype, wherever the encoder is."""
+        on_device = torch.tensor(text_ids, dtype=torch.int64, device=self._encoder.embedding.device)
+        return self._encoder.run(on_device, self._config).to(device=self.device, dtype=self.dtype)
 
     def embed(self, codes: torch.Tensor) -> torch.Tensor:
         return codebook_embedding(codes, self._embedding, vocab_size=self._config.vocab_size)
@@ -370,6 +390,7 @@ def _spec(config: DiaConfig, codec: CodecSpec, *, defaults: SamplingDefaults) ->
         has_side=False,
         supports_speed=False,
         supports_voice_prompt=True,
+        seconds_per_char=SECONDS_PER_CHAR,
         supports_dialogue=True,
     )
 

@@ -185,6 +185,7 @@ class LarkModel:
         self._phonemizer = phonemizer
         marks = (phonemizer.byte_of_symbol.get(mark) for mark in " .,!?;:—")
         self._pauses = frozenset(byte for byte in marks if byte is not None)
+        self._space = phonemizer.byte_of_symbol[" "]
         self._text_side = _load_text_side(config, weights)
         self._layers = tuple(
             _load_block(weights, f"decoder.{i}", config.hidden, config.ffn, shape=config.shape)
@@ -277,7 +278,8 @@ class LarkModel:
         )
 
     def _timed(self, text: str, text_ids: Items[int], words: tuple[WordSpan, ...]) -> tuple[TimedWord, ...]:
-        """Which bytes say each word, pauses beside it left out.
+        """Which bytes say each word: marks beside it are pauses and left out, a mere space is run over and belongs to
+        the word before.
 
         How a word is said hangs on its neighbours, so each is counted with all before it and a word after it.
         """
@@ -292,6 +294,8 @@ class LarkModel:
                 first += 1
             while first < last and text_ids[last - 1] in pauses:
                 last -= 1
+            if first < last and text_ids[last] == self._space and text_ids[last + 1] not in pauses:
+                last += 1
             if first < last:
                 timed.append(TimedWord(word.text, first, last))
             begin = max(begin, end - 1)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -62,6 +62,21 @@ class Vocoder(Protocol):
 
     def close(self) -> None:
         """Stop the workers; idempotent."""
+        ...
+
+
+@runtime_checkable
+class WorkerPool(Protocol):
+    """A vocoder whose workers come and go."""
+
+    @property
+    def num_workers(self) -> int:
+        """Those ready to decode."""
+        ...
+
+    @property
+    def num_restarts(self) -> int:
+        """Workers lost and replaced so far."""
         ...
 
 

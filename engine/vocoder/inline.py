@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
+from contextlib import nullcontext
 
 import numpy as np
 import torch
@@ -33,6 +34,11 @@ class InlineVocoder:
             raise ValueError(f"max_windows_per_poll is {max_windows_per_poll}; it must be at least 1")
         self._codec = codec
         self._wake = wake
+        # On a GPU, beside the steps and not behind them; what loaded the weights must be done first.
+        self._stream: torch.cuda.Stream | None = None
+        if codec.device.type == "cuda":
+            self._stream = torch.cuda.Stream(codec.device)  # type: ignore[no-untyped-call]
+            self._stream.wait_stream(torch.cuda.current_stream(codec.device))
         self._max_windows_per_poll = max_windows_per_poll
         # Somebody waits in silence for a first window; the others are wanted before their playback time only.
         self._first: deque[Window] = deque()
@@ -50,7 +56,8 @@ class InlineVocoder:
         count = min(self.num_pending, self._max_windows_per_poll)
         windows = [(self._first or self._rest).popleft() for _ in range(count)]
         try:
-            decoded = decode_windows(self._codec, windows)
+            with nullcontext() if self._stream is None else torch.cuda.stream(self._stream):
+                decoded = decode_windows(self._codec, windows)
         except torch.AcceleratorError as error:
             decoded = [_failed(window, error) for window in windows]
         if self.num_pending:

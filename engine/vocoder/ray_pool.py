@@ -274,6 +274,14 @@ class RayVocoderPool:
         with self._changed:
             return list(self._pids)
 
+    @property
+    def num_workers(self) -> int:
+        return self.stats().workers
+
+    @property
+    def num_restarts(self) -> int:
+        return self.stats().restarts
+
     def stats(self) -> RayPoolStats:
         with self._changed:
             return self._stats

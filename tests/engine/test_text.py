@@ -10,7 +10,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from declaim.engine.errors import InvalidRequest, TooLong
-from declaim.engine.text import check_text, clean_text, is_speakable, normalize_english, segment
+from declaim.engine.text import (
+    TextOptions,
+    check_text,
+    clean_text,
+    guess_language,
+    is_speakable,
+    normalize_english,
+    segment,
+    speak,
+)
 
 ANY_TEXT = st.text(alphabet=st.characters(exclude_categories=[]), max_size=200)
 # Text that looks like something: rules meet each other only where their characters do.
@@ -332,3 +341,56 @@ def test_segments_keep_every_character_and_the_limit(text: str, max_chars: int, 
 def test_no_word_is_cut_that_fits(words: list[str]) -> None:
     pieces = segment(" ".join(words), max_chars=30)
     assert [word for piece in pieces for word in piece.split()] == words
+
+
+# One request's text, as families have it read.
+
+
+def pieces(text: str, options: TextOptions = TextOptions(), *, language: str | None = "en") -> list[str]:  # noqa: B008
+    return [piece.text for piece in speak(text, options, language=language, max_chars=200, max_segment_chars=30)]
+
+
+def test_normalising_can_be_turned_off_and_is_left_to_the_model_in_other_languages() -> None:
+    assert pieces("I have 3.") == ["I have three."]
+    assert pieces("I have 3.", TextOptions(normalize=False)) == ["I have 3."]
+    assert pieces("J'en ai 3.", language=None) == ["J'en ai 3."]
+
+
+def test_addresses_are_read_out_whatever_follows_them() -> None:
+    assert normalize_english("https://a.com/x\u00b2 or me@b.org") == "a dot com slash x or me at b dot org"
+
+
+@pytest.mark.parametrize(("text", "language"), [("Hello", "en"), ("你好", "zh"), ("日本語です", "en"), ("", "en")])
+def test_languages_are_guessed_from_the_script(text: str, language: str) -> None:
+    assert guess_language(text) == language
+
+
+@pytest.mark.parametrize(
+    ("written", "spoken"),
+    [
+        ("价格是￥13.5，涨了3.5%。", "价格是十三点五元，涨了百分之三点五。"),
+        ("2024年1月5日下午3:45，气温-5°C", "二零二四年一月五日下午三点四十五分，气温负五摄氏度"),
+        ("全程100km，重5kg", "全程一百公里，重五千克"),
+        ("没有数字", "没有数字"),
+    ],
+)
+def test_chinese_numbers_dates_money_and_units_are_written_out(written: str, spoken: str) -> None:
+    pytest.importorskip("wetext")
+    assert "".join(pieces(written, language="zh")) == spoken
+
+
+def test_a_script_without_spaces_is_never_cut_inside_a_word_or_number() -> None:
+    text = "中文没有空格所以要小心切分12345.678这样的数字和iPhone这样的词还有12：30" * 4
+    for max_chars in range(10, 40):
+        cut = segment(text, max_chars=max_chars)
+        assert "".join(cut) == text
+        assert max(map(len, cut)) <= max_chars
+        for before, after in zip(cut, cut[1:], strict=False):
+            assert not re.search(r"[a-zA-Z0-9]$", before) or not re.match(r"[a-zA-Z0-9]", after)
+            assert not re.search(r"[0-9][.：]$", before)
+            assert not re.match(r"[.：][0-9]", after)
+
+
+def test_a_text_with_nothing_to_say_is_refused() -> None:
+    with pytest.raises(InvalidRequest, match="no letter"):
+        pieces("!?")
