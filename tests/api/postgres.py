@@ -16,7 +16,9 @@ from tests.api.fake_engine import eventually
 def find_binaries() -> Path | None:
     """The folder with initdb and postgres; Debian keeps them out of PATH."""
     found = shutil.which("initdb")
-    folders = [Path(found).resolve().parent] if found else sorted(Path("/usr/lib/postgresql").glob("*/bin"), reverse=True)
+    folders = (
+        [Path(found).resolve().parent] if found else sorted(Path("/usr/lib/postgresql").glob("*/bin"), reverse=True)
+    )
     return next((folder for folder in folders if (folder / "initdb").exists()), None)
 
 
@@ -49,9 +51,9 @@ class Postgres:
             self._process.wait(30)
             self._process = None
 
-    def new_database(self, name: str) -> str:
-        """An empty database; gives its URL."""
-        self._run("createdb", "-h", str(self._folder), "-U", "declaim", name)
+    def new_database(self, name: str, *, template: str = "template1") -> str:
+        """A copy of a database that nobody uses, by default an empty one; gives its URL."""
+        self._run("createdb", "-h", str(self._folder), "-U", "declaim", "-T", template, name)
         return f"postgresql://declaim@/{name}?host={self._folder}"
 
     def remove(self) -> None:

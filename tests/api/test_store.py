@@ -32,8 +32,8 @@ def test_migrating_again_changes_nothing_and_keeps_the_rows(database: Database) 
         assert session.get(tenants.Tenant, "acme") is not None
 
 
-def test_processes_that_start_at_once_migrate_once(database_url: str) -> None:
-    started = [PROCESSES.Process(target=migrate, args=(database_url,)) for _ in range(4)]
+def test_processes_that_start_at_once_migrate_once(empty_url: str) -> None:
+    started = [PROCESSES.Process(target=migrate, args=(empty_url,)) for _ in range(4)]
     for process in started:
         process.start()
     for process in started:
