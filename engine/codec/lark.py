@@ -27,10 +27,10 @@ from declaim.engine.safetensors_io import (
 )
 from declaim.engine.spec import CodecSpec
 
-# A frame's samples depend on 17 frames each side, and to 1.5e-5 on 10: the seven more to come are 280 ms that the
-# first audio of a stream need not wait for, the seven before are decoded again for every window.
-_LEFT = 10
-_RIGHT = 10
+# Where config.json does not say. A frame's samples depend on 17 frames each side, and to 1.5e-5 on 10: the seven more
+# to come are 280 ms that the first audio of a stream need not wait for, the seven before are decoded again for every
+# window. A decoder that was trained to look ahead less says so.
+_CONTEXT: dict[str, object] = {"left_context": 10, "right_context": 10}
 # Four blocks of kernel 7 and half an STFT window reach 15 rows of the last stage, four of which make a frame.
 _LAST_STAGE_MARGIN = 4
 
@@ -66,6 +66,8 @@ class _Config:
     mel_shift: float
     mel_scale: float
     log_magnitude_clip: float
+    left_context: int
+    right_context: int
 
     @property
     def num_bins(self) -> int:
@@ -73,7 +75,7 @@ class _Config:
 
 
 def _read_config(path: Path) -> _Config:
-    raw = read_json(path)
+    raw = _CONTEXT | read_json(path)
     values = {
         field.name: (read_integer if field.type == "int" else read_number)(raw, field.name, path)
         for field in fields(_Config)
@@ -395,8 +397,8 @@ class LarkCodec:
         spec = CodecSpec(
             sample_rate_hz=config.sampling_rate,
             hop=config.hop_length,
-            left=_LEFT,
-            right=_RIGHT,
+            left=config.left_context,
+            right=config.right_context,
             num_codebooks=num_codebooks,
             codebook_size=size,
         )

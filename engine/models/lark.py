@@ -2,14 +2,16 @@
 
 The text side says how long every phoneme lasts, and the decoder is told at each row which phoneme it is in. So the
 length is known before the first step, the voice cannot skip or repeat, and its pace is a factor on the durations.
-No cross-attention, no guidance, no end code. Source: engine/assets/lark/README.md.
+No cross-attention, no guidance, no end code. The first byte of a sentence says whose voice it is. Source:
+engine/assets/lark/README.md.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from collections.abc import Sequence as Items
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +21,7 @@ from numpy.typing import NDArray
 
 from declaim.engine.checkpoint import Checkpoint
 from declaim.engine.config import Int4Recipe
-from declaim.engine.errors import InvalidRequest, ModelLoadError, TooLong
+from declaim.engine.errors import InvalidRequest, ModelLoadError, TooLong, VoiceNotFound
 from declaim.engine.models.base import Prefill, StepContext
 from declaim.engine.models.layers import (
     AttentionShape,
@@ -45,7 +47,7 @@ from declaim.engine.spec import (
     TopK,
     TopP,
 )
-from declaim.engine.text import TextOptions, speak
+from declaim.engine.text import TextOptions, check_text, clean_text, is_speakable, speak
 from declaim.engine.words import Segment, TimedWord, WordSpan
 from declaim.kernels.codebooks import codebook_embedding
 from declaim.kernels.linear import Linear, linear
@@ -57,12 +59,25 @@ MAX_SEGMENT_CHARS = 120  # the voice was trained on sentences of 15 to 120 chara
 MIN_FRAMES = 4
 MIN_DURATION_S, MIN_LOG_DURATION_S = 0.025, 0.02
 MAX_POSITIONS = 2048
+_FIRST_SPEAKER_BYTE = 1
 _FOLLOWING = "of"  # a word that changes nothing in the one before it but that something follows
+
+
+# A turn of a dialogue, as Dia's transcripts mark it: [S1] is the voice asked for, [S2] the model's next one.
+_TURN = re.compile(r"\[S([1-9])\]\s*", re.IGNORECASE)
+
+
+@dataclass(frozen=True, slots=True)
+class LarkSpeaker:
+    """byte: what this speaker's sentences begin with."""
+
+    name: str
+    byte: int
 
 
 @dataclass(frozen=True, slots=True)
 class LarkConfig:
-    """What config.json says, checked."""
+    """What config.json says, checked. has_speaker_embedding: the file says who speaks, the first version's does not."""
 
     text_vocab_size: int
     max_text_length: int
@@ -83,6 +98,8 @@ class LarkConfig:
     theta: float
     temperature: float
     top_k: int
+    speakers: tuple[LarkSpeaker, ...]
+    has_speaker_embedding: bool
 
     @property
     def vocab_size(self) -> int:
@@ -117,6 +134,8 @@ class LarkConfig:
             theta=read_number(config, "rope_theta", path),
             temperature=read_number(sampling, "temperature", path),
             top_k=read_integer(sampling, "top_k", path),
+            speakers=_speakers(config, path) if "speakers" in config else (LarkSpeaker("lark", _FIRST_SPEAKER_BYTE),),
+            has_speaker_embedding="speakers" in config,
         )
 
 
@@ -125,6 +144,23 @@ def _part(config: dict[str, object], name: str, path: Path) -> dict[str, object]
     if not isinstance(part, dict):
         raise ModelLoadError(f"{path} has no section {name!r}: it is not the config of a lark model")
     return part
+
+
+def _speakers(config: dict[str, object], path: Path) -> tuple[LarkSpeaker, ...]:
+    entries = config["speakers"]
+    if not isinstance(entries, list) or not entries:
+        raise ModelLoadError(f"{path}: speakers must be a list of {{name, byte}}, one at least")
+    speakers = []
+    for entry in entries:
+        name = entry.get("name") if isinstance(entry, dict) else None
+        if not isinstance(name, str):
+            raise ModelLoadError(f"{path}: speakers holds {entry!r}: each must be {{name, byte}}")
+        speakers.append(LarkSpeaker(name, read_integer(entry, "byte", path)))
+    if len({speaker.name for speaker in speakers}) < len(speakers):
+        raise ModelLoadError(f"{path}: two speakers share a name: {', '.join(speaker.name for speaker in speakers)}")
+    if not all(0 < speaker.byte < 256 for speaker in speakers) or len({s.byte for s in speakers}) < len(speakers):
+        raise ModelLoadError(f"{path}: the speakers' bytes must lie in 1 .. 255 and differ")
+    return tuple(speakers)
 
 
 def _shape(config: dict[str, object], path: Path) -> AttentionShape:
@@ -142,6 +178,7 @@ class _TextSide:
     """From phoneme bytes to durations and side vectors."""
 
     embedding: torch.Tensor
+    speakers: torch.Tensor | None  # [256, encoder_hidden], by the sentence's first byte; zero where no speaker is
     layers: tuple[tuple[AttentionWeights, MlpWeights], ...]
     norm: torch.Tensor
     angles: torch.Tensor
@@ -152,6 +189,8 @@ class _TextSide:
     def encode(self, text_ids: torch.Tensor, config: LarkConfig) -> torch.Tensor:
         """int64 [L] -> [L, encoder_hidden]."""
         x, angles = self.embedding[text_ids], self.angles[: len(text_ids)]
+        if self.speakers is not None:
+            x = x + self.speakers[text_ids[0]]
         for attention, feed_forward in self.layers:
             x = x + full_attention(x, attention, config.encoder_shape, eps=config.eps, angles=angles)
             x = x + mlp(x, feed_forward, eps=config.eps)
@@ -233,7 +272,20 @@ class LarkModel:
         return self._embedding.dtype
 
     def segments(self, text: str, options: TextOptions) -> list[Segment]:
-        return speak(text, options, language="en", max_chars=MAX_TEXT_CHARS, max_segment_chars=MAX_SEGMENT_CHARS)
+        """See `SpeechModel.segments`. A turn's segments begin with its mark, which `tokenize` reads."""
+        marks = list(_TURN.finditer(text))
+        if not marks:
+            return _spoken(text, options)
+        check_text(clean_text(text), max_chars=MAX_TEXT_CHARS)
+        ends = [*(mark.start() for mark in marks[1:]), len(text)]
+        turns = [(f"[S{mark.group(1)}] ", text[mark.end() : end]) for mark, end in zip(marks, ends, strict=True)]
+        before = text[: marks[0].start()]
+        return [
+            Segment(mark + piece.text, tuple(_shifted(word, len(mark)) for word in piece.words))
+            for mark, turn in (("", before), *turns)
+            if is_speakable(turn)
+            for piece in _spoken(turn, options)
+        ]
 
     def tokenize(
         self,
@@ -250,8 +302,17 @@ class LarkModel:
         words: tuple[WordSpan, ...] = (),
     ) -> Prompt:
         if len(voice_codes):
-            raise InvalidRequest("this model has one voice and cannot imitate another: leave voice out", param="voice")
-        text_ids = tuple(self._phonemizer.encode(text))
+            raise InvalidRequest(
+                "this model cannot imitate a voice: leave voice out, or name one of its own:"
+                f" {', '.join(self.spec.voices)}",
+                param="voice",
+            )
+        turn = _TURN.match(text)
+        if turn is not None:
+            text = text[turn.end() :]
+            words = tuple(_shifted(word, -turn.end()) for word in words)
+        speaker = self._speaker(voice_name, turn=int(turn.group(1)) if turn is not None else 1)
+        text_ids = (speaker.byte, *self._phonemizer.encode(text)[1:])
         if len(text_ids) > self._config.max_text_length:
             raise TooLong(
                 f"a sentence takes {len(text_ids)} phonemes, and this model reads {self._config.max_text_length}:"
@@ -276,6 +337,18 @@ class LarkModel:
             speed=speed,
             words=self._timed(text, text_ids, words),
         )
+
+    def _speaker(self, name: str | None, *, turn: int) -> LarkSpeaker:
+        """Who says a turn: the speakers take turns from the one named on, or from the first.
+
+        Raises: VoiceNotFound.
+        """
+        speakers = self._config.speakers
+        names = [speaker.name for speaker in speakers]
+        if name is not None and name not in names:
+            raise VoiceNotFound(f"no voice {name!r} in this model: its voices are {', '.join(names)}", param="voice")
+        first = 0 if name is None else names.index(name)
+        return speakers[(first + turn - 1) % len(speakers)]
 
     def _timed(self, text: str, text_ids: Items[int], words: tuple[WordSpan, ...]) -> tuple[TimedWord, ...]:
         """Which bytes say each word: marks beside it are pauses and left out, a mere space is run over and belongs to
@@ -375,7 +448,16 @@ def _spec(config: LarkConfig, codec: CodecSpec) -> ModelSpec:
         has_side=True,
         supports_speed=True,
         supports_voice_prompt=False,
+        voices=tuple(speaker.name for speaker in config.speakers),
     )
+
+
+def _spoken(text: str, options: TextOptions) -> list[Segment]:
+    return speak(text, options, language="en", max_chars=MAX_TEXT_CHARS, max_segment_chars=MAX_SEGMENT_CHARS)
+
+
+def _shifted(word: WordSpan, by: int) -> WordSpan:
+    return replace(word, first=word.first + by, last=word.last + by)
 
 
 def _load_text_side(config: LarkConfig, weights: Checkpoint) -> _TextSide:
@@ -385,8 +467,14 @@ def _load_text_side(config: LarkConfig, weights: Checkpoint) -> _TextSide:
         return weights.take_linear([(f"{name}.weight", num_out)], num_in, bias=f"{name}.bias")
 
     embedding = weights.take("text_embedding.weight", (config.text_vocab_size, hidden))
+    speakers: torch.Tensor | None = None
+    if config.has_speaker_embedding:
+        speakers = torch.zeros_like(embedding)
+        rows = weights.take("speaker_embedding.weight", (len(config.speakers), hidden))
+        speakers[[speaker.byte for speaker in config.speakers]] = rows
     return _TextSide(
         embedding=embedding,
+        speakers=speakers,
         layers=tuple(
             _load_block(weights, f"encoder.{i}", hidden, config.encoder_ffn, shape=config.encoder_shape)
             for i in range(config.encoder_layers)
