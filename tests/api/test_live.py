@@ -202,19 +202,12 @@ def test_a_slow_client_holds_the_engine_back_and_is_let_go(tmp_path: Path) -> No
             socket.send(json.dumps({"type": "session.config", "response_format": "pcm", "stream_audio": True}))
             sentences = "".join(f"This is sentence number {n} of very many. " for n in range(400))
             socket.send(json.dumps({"type": "input.text", "text": sentences}))
-            made = 0
-
-            def has_stopped() -> bool:
-                nonlocal made
-                before, made = made, engine.num_chunks
-                time.sleep(0.2)
-                return 0 < before == engine.num_chunks
-
-            assert eventually(has_stopped, within_s=10)
-            # 400 sentences are 12 MB; the kernel's socket buffers take some of them.
-            assert len(engine.finished) < 350
-            assert eventually(lambda: len(world.gate.usages) == 1, within_s=5)
-            assert world.gate.usages[0].outcome == "client_gone"
+            # 400 sentences are 30 MB; the kernel's socket buffers take some of them.
+            assert eventually(lambda: len(world.gate.usages) == 1, within_s=20)
+        (usage,) = world.gate.usages
+        assert usage.outcome == "client_gone" and len(engine.requests) < 390
+        # Two sentences at once are all that was made and not taken.
+        assert usage.delivered_s <= usage.generated_s < usage.delivered_s + 2 * 45 / 25
 
 
 def test_an_engine_that_fails_is_told_and_the_socket_goes_on(tmp_path: Path) -> None:
