@@ -111,10 +111,14 @@ class Account:
             self._record.finish_reason = part.finish_reason
             self._metrics.finished.labels(part.finish_reason).inc()
 
-    def refused(self, error: DeclaimError) -> None:
-        """Close it for a request that ended before its response began."""
-        self._record.status = answer_for(error).status
-        self._record.outcome = "client_gone" if isinstance(error, ClientGone) else "answered"
+    def ended_by(self, error: BaseException) -> None:
+        """Close it for a request that ended before its response began; a bug keeps the record's 500."""
+        if isinstance(error, DeclaimError):
+            self._record.status = answer_for(error).status
+        if isinstance(error, asyncio.CancelledError):
+            self._record.outcome = "stopped"
+        elif isinstance(error, ClientGone):
+            self._record.outcome = "client_gone"
         self.close()
 
     def close(self) -> None:

@@ -255,12 +255,8 @@ class _Speech:
             if reference is not None:
                 speech = dataclasses.replace(speech, voice=await self._encode(reference, body))
             return await self._speak(request, record, account, body=body, engine=engine, speech=speech, form=form)
-        except DeclaimError as error:
-            account.refused(error)
-            raise
-        except BaseException:
-            record.outcome = "stopped"  # or a bug, whose status stays 500
-            account.close()
+        except BaseException as error:
+            account.ended_by(error)
             raise
 
     async def _authenticate(self, request: Request) -> Caller:

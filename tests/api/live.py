@@ -10,19 +10,20 @@ from contextlib import contextmanager
 import uvicorn
 
 from declaim.api.app import create_app
+from declaim.api.gate import Gate
 from declaim.api.serving import Serving, SpeechEngine
 from tests.api.fake_engine import eventually
 
 
 @contextmanager
 def serving_at(
-    load: Callable[[], SpeechEngine], *, wait_ready: bool = True, drain_s: int = 5
+    load: Callable[[], SpeechEngine], *, wait_ready: bool = True, drain_s: int = 5, gate: Gate | None = None
 ) -> Iterator[tuple[str, uvicorn.Server]]:
     """Serve what `load` makes; gives the base URL and the server."""
     listener = socket.create_server(("127.0.0.1", 0))
     serving = Serving(load)
     config = uvicorn.Config(
-        create_app(serving),
+        create_app(serving, gate=gate),
         log_config=None,
         log_level="warning",
         access_log=False,
