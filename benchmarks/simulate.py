@@ -27,8 +27,8 @@ what a stream's lead does while the machine keeps up; so windows are small while
 context decoded twice, once there is. They could follow the true lead and the load instead ("by lead" in --sweep). Then
 a window's length would depend on the neighbours, and with it the bits of the samples wherever the codec's arithmetic
 depends on the length of its input: the same request would no longer give the same audio, a replay after a worker's
-death would not match, and a cached result would differ from a fresh one. Nor is anything gained, by --sweep: under load leads
-are short, so windows by lead are small just where time is short, and most of what is decoded is context.
+death would not match, and a cached result would differ from a fresh one. Nor is anything gained, by --sweep: under
+load leads are short, so windows by lead are small just where time is short, and most of what is decoded is context.
 """
 
 from __future__ import annotations

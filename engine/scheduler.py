@@ -498,10 +498,9 @@ class Scheduler:
         it is not playing yet; but none loses its only running sequence while another has two.
         """
         assert needy.line is not None
-        for lines in reversed(self._levels[needy.line.level :]):
-            running = [line for line in lines.values() if line.running]
-            if running:
-                break
+        levels = reversed(self._levels[needy.line.level :])
+        by_level = ([line for line in lines.values() if line.running] for lines in levels)
+        running = next(lines for lines in by_level if lines)  # there is one: the needy one runs
         many = [line for line in running if len(line.running) > 1]
         if len(running) == 1 or not many:
             return max((line.running[-1] for line in running), key=_rank)
