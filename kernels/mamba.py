@@ -112,17 +112,19 @@ def _causal_conv_kernel(
     begin = tl.load(query_start + sequence)
     end = tl.load(query_start + sequence + 1)
     slot = tl.load(slots + sequence)
-    has_past = (slot >= 0) & (tl.load(is_new + sequence) == 0)
+    # Masks compare with a number: where nothing may be read it is 0.
+    num_past = tl.where((slot >= 0) & (tl.load(is_new + sequence) == 0), CHANNELS, 0)
     past = state + tl.maximum(slot, 0) * ((WIDTH - 1) * CHANNELS) + column
     constant = tl.load(bias + column, mask=inside, other=0.0).to(tl.float32)
-    for position in range(begin, end):
-        row = tl.cast(position, tl.int64)
+    for offset in range(end - begin):
+        row = (begin + offset).to(tl.int64)
         total = constant
         for k in tl.static_range(WIDTH):
             source = row - (WIDTH - 1) + k
-            is_past = source < begin
-            new = tl.load(x + source * x_stride + column, mask=inside & (source >= begin), other=0.0)
-            old = tl.load(past + (source - begin + WIDTH - 1) * CHANNELS, mask=inside & is_past & has_past, other=0.0)
+            num_new = tl.where(source >= begin, CHANNELS, 0)
+            num_old = tl.where(source >= begin, 0, num_past)
+            new = tl.load(x + source * x_stride + column, mask=column < num_new, other=0.0)
+            old = tl.load(past + (source - begin + WIDTH - 1) * CHANNELS, mask=column < num_old, other=0.0)
             tap = tl.load(weight + k * CHANNELS + column, mask=inside, other=0.0).to(tl.float32)
             total += tap * (new.to(tl.float32) + old.to(tl.float32))
         result = total * tl.sigmoid(total)
@@ -134,7 +136,7 @@ def _causal_conv_kernel(
         is_past = source < begin
         new = tl.load(x + source.to(tl.int64) * x_stride + column[None], mask=exists & (source >= begin), other=0.0)
         shifted = past[None] + (source - begin + WIDTH - 1) * CHANNELS
-        old = tl.load(shifted, mask=exists & is_past & has_past, other=0.0)
+        old = tl.load(shifted, mask=exists & is_past & (column < num_past)[None], other=0.0)
         # What is stored first must not be what another thread still reads.
         tl.debug_barrier()
         newest = tl.where(is_past, old.to(tl.float32), new.to(tl.float32)).to(state.dtype.element_ty)
@@ -171,15 +173,15 @@ def _state_scan_kernel(
     begin = tl.load(query_start + sequence)
     end = tl.load(query_start + sequence + 1)
     slot = tl.load(slots + sequence)
-    has_past = (slot >= 0) & (tl.load(is_new + sequence) == 0)
+    num_past = tl.where((slot >= 0) & (tl.load(is_new + sequence) == 0), SIZE, 0)
     place = (tl.maximum(slot, 0) * NUM_HEADS + head) * (HEAD_DIM * SIZE)
     place = state + place + dim[:, None] * SIZE + element[None]
-    matrix = tl.load(place, mask=inside & has_past, other=0.0).to(tl.float32)
+    matrix = tl.load(place, mask=inside & (element < num_past)[None], other=0.0).to(tl.float32)
     rate = tl.load(decay + head)
     through = tl.load(skip + head)
     shift = tl.load(dt_bias + head)
-    for position in range(begin, end):
-        row = tl.cast(position, tl.int64)
+    for offset in range(end - begin):
+        row = (begin + offset).to(tl.int64)
         raw = tl.load(dt + row * dt_stride + head).to(tl.float32) + shift
         # log1p(exp(raw)) to the last digits: log(u) e / (u - 1) with u = 1 + e.
         e = tl.exp(tl.minimum(raw, LINEAR_FROM))

@@ -262,6 +262,15 @@ def test_phonemes_are_the_references(stored: Mapping[str, NDArray[Any]]) -> None
         assert encode_phonemes(phonemize(text, language)) == tuple(stored[f"espeak.{i}"])
 
 
+def test_a_folder_is_served_by_its_name(checkpoint: Callable[[Case], Path]) -> None:
+    pytest.importorskip("phonemizer")
+    pytest.importorskip("espeakng_loader")
+    request = SpeechRequest("Hello, you 3!", sampling=SamplingParams(temperature=0.0, max_seconds=25.5 / FRAME_RATE_HZ))
+    with Engine.from_pretrained(checkpoint(CASES["hybrid-plain"]), EngineConfig(device="cpu")) as engine:
+        (result,) = engine.generate([request], progress=False)
+    assert result.error is None and (len(result.codes), result.finish_reason) == (25, "length")
+
+
 def test_without_espeak_the_error_names_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ModelLoadError, match="pip install phonemizer espeakng-loader"):

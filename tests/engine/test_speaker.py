@@ -1,0 +1,56 @@
+"""The speaker encoder against the reference's own run (fixtures/make_zonos.py), in real size with random weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers.audio_utils import mel_filter_bank
+
+from declaim.engine import InvalidRequest, ModelLoadError, Voice
+from declaim.engine.speaker import ENCODER_NAME, N_FFT, NUM_MELS, PROJECTION_NAME, SpeakerEncoder, mel_filters
+from tests.zonos_checkpoints import FIXTURE, make_speaker, reference_audio
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_speaker(tmp_path_factory.mktemp("speaker"), seed=21)
+
+
+def test_an_embedding_is_the_references_whatever_the_recordings_rate(folder: Path) -> None:
+    with np.load(FIXTURE) as arrays:
+        expected = arrays["speaker"]
+    encoder = SpeakerEncoder.load(folder, device=CPU)
+    audio = reference_audio(seed=22)
+    embedding = encoder.encode(Voice("", audio, 16_000))
+    assert embedding.dtype == np.float32
+    np.testing.assert_allclose(embedding, expected, atol=1e-4)
+    with pytest.raises(InvalidRequest, match="at least 1 s"):
+        encoder.encode(Voice("", audio[:8000], 16_000))
+
+
+def test_mel_bands_are_those_of_transformers() -> None:
+    expected = mel_filter_bank(N_FFT // 2 + 1, NUM_MELS, 0.0, 8000.0, 16_000, norm=None, mel_scale="htk")
+    np.testing.assert_allclose(mel_filters().numpy(), expected, atol=1e-4)
+
+
+def test_files_that_are_missing_or_something_else_are_named_with_the_remedy(tmp_path: Path) -> None:
+    with pytest.raises(ModelLoadError, match=f"{ENCODER_NAME}.*Zonos-v0.1-speaker-embedding"):
+        SpeakerEncoder.load(tmp_path, device=CPU)
+    torch.save({"other": torch.zeros(1)}, tmp_path / ENCODER_NAME)
+    with pytest.raises(ModelLoadError, match="does not hold what this version reads"):
+        SpeakerEncoder.load(tmp_path, device=CPU)
+    (tmp_path / ENCODER_NAME).write_bytes(b"not a file of tensors")
+    with pytest.raises(ModelLoadError, match="cannot be read"):
+        SpeakerEncoder.load(tmp_path, device=CPU)
+
+
+def test_a_projection_of_another_shape_is_refused(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / ENCODER_NAME).symlink_to(folder / ENCODER_NAME)
+    torch.save({"bias": torch.zeros(3)}, tmp_path / PROJECTION_NAME)
+    with pytest.raises(ModelLoadError, match="holds no projection"):
+        SpeakerEncoder.load(tmp_path, device=CPU)
