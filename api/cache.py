@@ -17,6 +17,7 @@ import json
 import logging
 import os
 import threading
+import time
 import uuid
 from collections import OrderedDict
 from dataclasses import dataclass
@@ -29,6 +30,8 @@ logger = logging.getLogger(__name__)
 
 _SUFFIX = ".speech"
 _CHECKSUM_BYTES = 32
+# A file still without its name after so long was left by a crash.
+_UNFINISHED_S = 3600
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,9 +139,15 @@ class ResultCache:
 
     def _list(self) -> None:
         found = []
-        for path in self._folder.glob(f"??/*{_SUFFIX}"):
-            status = path.stat()
-            found.append((status.st_mtime, path.name.removesuffix(_SUFFIX), status.st_size))
+        for path in self._folder.glob("??/*"):
+            try:
+                status = path.stat()
+            except FileNotFoundError:
+                continue  # another process let it go
+            if path.suffix == _SUFFIX:
+                found.append((status.st_mtime, path.stem, status.st_size))
+            elif status.st_mtime < time.time() - _UNFINISHED_S:
+                self._unlink(path)
         for _, key, size in sorted(found):
             self._touch(key, size, on_disk=False)
         self._make_room(0)

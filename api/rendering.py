@@ -262,24 +262,29 @@ class Renders:
         shared.task.add_done_callback(lambda _: self._forget(name, shared))
         return _Listener(shared), False
 
-    def _listen(self, name: str) -> _Listener | None:
+    def _listen(self, name: str) -> PartStream | None:
         shared = self._running.get(name)
-        return _Listener(shared) if shared is not None and shared.is_open else None
+        if shared is None or not shared.is_open:
+            return None
+        if not shared.is_complete:
+            return _Listener(shared)
+        return _Replay(_joined(shared.parts)) if shared.parts else None
 
     def _forget(self, name: str, shared: _SharedRender) -> None:
         if self._running.get(name) is shared:
             del self._running[name]
 
 
-def _store(cache: ResultCache, name: str, parts: list[Part]) -> None:
-    reason = parts[-1].finish_reason if parts else None
-    if reason not in ("stop", "length"):
-        return
-    stored = StoredSpeech(
+def _joined(parts: list[Part]) -> StoredSpeech:
+    return StoredSpeech(
         data=b"".join(part.data for part in parts),
         words=tuple(word for part in parts for word in part.words),
         num_frames=sum(part.num_frames for part in parts),
         audio_s=sum(part.audio_s for part in parts),
-        finish_reason=reason,
+        finish_reason=parts[-1].finish_reason or "stop",
     )
-    cache.write(name, stored)
+
+
+def _store(cache: ResultCache, name: str, parts: list[Part]) -> None:
+    if parts and parts[-1].finish_reason in ("stop", "length"):
+        cache.write(name, _joined(parts))
