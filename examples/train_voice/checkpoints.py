@@ -26,7 +26,7 @@ class Run:
         self._state = dict(state)
         self.step = 0
         if self._path.exists():
-            stored = torch.load(self._path, weights_only=True)
+            stored = torch.load(self._path, map_location="cpu", weights_only=True)
             self.step = int(stored["step"])
             for part, values in self._state.items():
                 values.load_state_dict(stored[part])

@@ -126,6 +126,9 @@ class Batch:
     num_frames: torch.Tensor
     speaker: torch.Tensor
 
+    def to(self, device: torch.device) -> Batch:
+        return Batch(*(getattr(self, name).to(device) for name in self.__slots__))
+
 
 class CodeModel(nn.Module):
     def __init__(self, shape: ModelShape) -> None:
@@ -151,9 +154,13 @@ class CodeModel(nn.Module):
         nn.init.zeros_(self.speaker_embedding.weight)
 
     @classmethod
-    def load(cls, folder: Path, speakers: tuple[str, ...]) -> CodeModel:
-        """A shipped folder, of the first version too, which has one speaker; those it lacks begin like the first."""
+    def load(cls, folder: Path, speakers: tuple[str, ...] = ()) -> CodeModel:
+        """A folder as `save` leaves it, or the first version's, which has one speaker.
+
+        speakers: () for those of the folder; any that it lacks begin like the first.
+        """
         raw = json.loads((folder / "config.json").read_text())
+        speakers = speakers or tuple(speaker["name"] for speaker in raw.get("speakers", [{"name": "lark"}]))
         names = ModelShape.__dataclass_fields__
         values = {name: value for name, value in raw.items() if name in names and name != "speakers"}
         values |= {part: StackShape(**raw[part]) for part in ("encoder", "decoder")}
@@ -211,7 +218,7 @@ class CodeModel(nn.Module):
         return self.norm(x)
 
     def grid(self, batch: Batch, codes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Delayed rows of `codes` [B, N, Q] that are fed, and the codes of the next row, -1 for none: [B, T, Q] each."""
+        """Delayed rows of `codes` [B, N, Q] that are fed, and the codes of the next row, -1: none. Both [B, T, Q]."""
         count = self.shape.num_codebooks
         device = codes.device
         num_rows = codes.shape[1] + count - 1

@@ -266,8 +266,8 @@ class Codec(nn.Module):
         """Put rows that nothing chose on vectors that were asked for; used: bool [Q, size]. Returns how many."""
         revived = 0
         for quantizer, asked, alive in zip(self.quantizer, projected, used, strict=True):
-            dead = (~alive).nonzero()[:, 0]
-            chosen = torch.randint(len(asked), (len(dead),))
+            dead = (~alive).nonzero()[:, 0].to(asked.device)
+            chosen = torch.randint(len(asked), (len(dead),), device=asked.device)
             quantizer.codebook[dead] = asked[chosen]
             revived += len(dead)
         return revived

@@ -16,6 +16,7 @@ from data import Utterance, read_shard, shuffled
 from encode import codes_path, read_codes
 from losses import SpectralLoss, discriminator_loss, discriminators, generator_loss
 
+CPU = torch.device("cpu")
 REVIVE_EVERY = 50  # steps over which a codebook's row must be chosen at least once
 
 
@@ -29,6 +30,7 @@ class CodecSettings:
     adversarial_from: int = 50
     peak_learning_rate: float = 4e-4
     init: Path | None = None
+    device: torch.device = CPU
     shape: CodecShape = CodecShape()
 
 
@@ -40,15 +42,20 @@ class Window:
     codes: torch.Tensor | None
     heard: torch.Tensor
 
+    def to(self, device: torch.device) -> Window:
+        codes = None if self.codes is None else self.codes.to(device)
+        return Window(self.audio.to(device), codes, self.heard.to(device))
+
 
 def train_codec(shards: Path, codes: Path | None, work: Path, settings: CodecSettings) -> Codec:
     """Train to the end, from the last checkpoint in `work` where there is one. codes: as `encode` left them."""
     torch.manual_seed(1)
     codec = Codec.load(settings.init) if settings.init else Codec(settings.shape)
     codec.decoder.clear_future()
-    average = Codec(codec.shape)
+    codec.to(settings.device)
+    average = Codec(codec.shape).to(settings.device)
     average.load_state_dict(codec.state_dict())
-    judges, spectral = discriminators(), SpectralLoss(codec.shape.sampling_rate)
+    judges, spectral = discriminators().to(settings.device), SpectralLoss(codec.shape.sampling_rate).to(settings.device)
     trained = list(codec.decoder.parameters() if settings.init else codec.parameters())
     optimizer = torch.optim.AdamW(trained, betas=(0.8, 0.99), weight_decay=1e-3)
     judge_optimizer = torch.optim.AdamW(judges.parameters(), lr=4e-4, betas=(0.8, 0.99))
@@ -59,12 +66,12 @@ def train_codec(shards: Path, codes: Path | None, work: Path, settings: CodecSet
     )
     windows = _windows(shards, codes, codec.shape, settings, seed=run.step)
     if run.step == 0 and not settings.init:
-        _start_codebooks(codec, windows)
+        _start_codebooks(codec, windows, settings.device)
     used = torch.zeros(codec.shape.num_codebooks, codec.shape.codebook_size, dtype=torch.bool)
     while run.step < settings.steps:
         rate = learning_rate(run.step, settings.steps, settings.peak_learning_rate)
         optimizer.param_groups[0]["lr"] = rate
-        window = next(windows)
+        window = next(windows).to(settings.device)
         losses: dict[str, float] = {}
         if window.codes is not None:
             with torch.no_grad():
@@ -74,8 +81,8 @@ def train_codec(shards: Path, codes: Path | None, work: Path, settings: CodecSet
             quantized = codec.quantize(codec.encoder(codec.log_mel(window.audio)))
             z, extra = quantized.z, quantized.loss
             for k in range(codec.shape.num_codebooks):
-                used[k][quantized.codes[..., k].flatten()] = True
-            losses["perplexity"] = perplexity(quantized.codes[..., 0], codec.shape.codebook_size)
+                used[k][quantized.codes[..., k].flatten().cpu()] = True
+            losses["perplexity"] = perplexity(quantized.codes[..., 0].cpu(), codec.shape.codebook_size)
             if run.step % REVIVE_EVERY == REVIVE_EVERY - 1:
                 losses["revived"] = codec.revive(quantized.projected, used)
                 used.zero_()
@@ -152,8 +159,8 @@ def perplexity(codes: torch.Tensor, size: int) -> float:
 
 
 @torch.no_grad()
-def _start_codebooks(codec: Codec, windows: Iterator[Window]) -> None:
-    mels = torch.cat([codec.log_mel(next(windows).audio) for _ in range(8)])
+def _start_codebooks(codec: Codec, windows: Iterator[Window], device: torch.device) -> None:
+    mels = torch.cat([codec.log_mel(next(windows).audio.to(device)) for _ in range(8)])
     residual = codec.encoder(mels).flatten(0, 1)
     for quantizer in codec.quantizer:
         asked = quantizer.in_proj(residual)

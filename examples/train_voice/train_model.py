@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from teacher import SPEAKERS
 from train_codec import learning_rate
 
+CPU = torch.device("cpu")
 MAX_NOISE = 0.1  # of the codes that are fed are replaced by others, at most: what is drawn in serving errs too
 DURATION_WEIGHT = 0.5
 
@@ -30,6 +31,7 @@ class ModelSettings:
     rows: int = 1900
     peak_learning_rate: float = 6e-4
     init: Path | None = None
+    device: torch.device = CPU
     shape: ModelShape = ModelShape(tuple(speaker.name for speaker in SPEAKERS))
 
 
@@ -48,7 +50,8 @@ def train_model(shards: Path, codes: Path, work: Path, settings: ModelSettings) 
     torch.manual_seed(1)
     speakers = settings.shape.speakers
     model = CodeModel.load(settings.init, speakers) if settings.init else CodeModel(settings.shape)
-    average = CodeModel(model.shape)
+    model.to(settings.device)
+    average = CodeModel(model.shape).to(settings.device)
     average.load_state_dict(model.state_dict())
     optimizer = _optimizer(model)
     run = Run(work, "model", {"model": model, "average": average, "optimizer": optimizer})
@@ -59,7 +62,8 @@ def train_model(shards: Path, codes: Path, work: Path, settings: ModelSettings) 
         for group in optimizer.param_groups:
             group["lr"] = rate
         batch = next(batches)
-        code_loss, duration_loss = losses_of(model, batch, fed=noisy(batch.codes, model.shape, noise))
+        fed = noisy(batch.codes, model.shape, noise).to(settings.device)
+        code_loss, duration_loss = losses_of(model, batch.to(settings.device), fed=fed)
         optimizer.zero_grad(set_to_none=True)
         (code_loss.mean() + DURATION_WEIGHT * duration_loss).backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
