@@ -23,12 +23,16 @@ import uvicorn
 from starlette.types import ASGIApp
 
 from declaim.api.app import create_app
+from declaim.api.deepgram import build_deepgram_router
 from declaim.api.gate import Gate, OpenGate
 from declaim.api.keys import KeyGate
 from declaim.api.ledger import Ledger
+from declaim.api.live import build_live_router
+from declaim.api.live_session import LiveServices
 from declaim.api.page import build_page_router
 from declaim.api.serving import Serving, SpeechEngine
 from declaim.api.settings import ApiSettings
+from declaim.api.sockets import SocketLimits, SocketPlaces
 from declaim.api.store.database import Database
 from declaim.api.store.tenants import has_keys
 from declaim.api.usage import build_usage_router
@@ -85,9 +89,14 @@ def serving_app(serving: Serving, database: Database, options: ServerOptions, *,
         gate = keys = KeyGate(database, ledger=Ledger(database), open_without_keys=is_loopback(host))
     voices = VoiceStore(serving.engine, database)
     workers = ThreadPoolExecutor(min(_MAX_ENCODE_THREADS, os.cpu_count() or 1), "declaim-encode")
+    live = LiveServices(serving, gate, voices, workers)
+    socket_limits = SocketLimits()
+    places = SocketPlaces(socket_limits)
     routers = [
         build_voices_router(voices, gate, lists_publicly=settings.public_listings),
         build_usage_router(gate, database),
+        build_live_router(live, socket_limits, places),
+        build_deepgram_router(live, socket_limits, places),
         build_page_router(serving, max_input_chars=settings.max_input_chars),
     ]
     try:
