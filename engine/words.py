@@ -95,12 +95,13 @@ class TracedText:
     def segments(self, pieces: Items[str], caller_text: str) -> list[Segment]:
         """The pieces that the text was cut into, each with the caller's words that it says.
 
-        pieces: together all characters of the text that are no spaces, in order.
+        pieces: together all characters of the text that are no spaces, in order. A word that is cut is told where it
+        begins.
         """
         words = [match.span() for match in _WORD.finditer(caller_text)]
         starts = [first for first, _ in words]
         segments: list[Segment] = []
-        place = 0
+        place, last_word = 0, -1
         for piece in pieces:
             word_of: list[int | None] = []
             for character in piece:
@@ -112,7 +113,10 @@ class TracedText:
                 word = bisect_right(starts, self.origins[place]) - 1
                 word_of.append(word if word >= 0 and self.origins[place] < words[word][1] else None)
                 place += 1
-            segments.append(Segment(piece, tuple(_spans(piece, word_of, words, caller_text))))
+            told = list(_spans(piece, word_of, after=last_word))
+            last_word = told[-1][0] if told else last_word
+            spans = (WordSpan(caller_text[slice(*words[word])], first, last) for word, first, last in told)
+            segments.append(Segment(piece, tuple(spans)))
         return segments
 
     def _origins_of(self, said: str, first: int, last: int) -> Iterator[int]:
@@ -129,19 +133,23 @@ class TracedText:
         yield from self.origins[last - tail : last]
 
 
-def _spans(piece: str, word_of: list[int | None], words: list[tuple[int, int]], caller_text: str) -> Iterator[WordSpan]:
-    """The caller's words in a piece. word_of: for each character the word it comes from. A token of the piece says the
-    word that most of its characters come from, and one that says no later word belongs to the word before."""
-    current, first, last = -1, 0, 0
+def _spans(piece: str, word_of: list[int | None], *, after: int) -> Iterator[tuple[int, int, int]]:
+    """Words later than `after` that begin in a piece: which of the caller's, and first .. last (exclusive) of what says
+    it. word_of: for each character the word it comes from.
+
+    A token of the piece says the word that most of its characters come from; one that says no later word than the token
+    before belongs to the same.
+    """
+    current, first, last = after, 0, 0
     for token in _WORD.finditer(piece):
         if not any(character.isalnum() for character in token.group()):
             continue
         counts = Counter(word for word in word_of[token.start() : token.end()] if word is not None)
         word = max(counts, key=lambda word: counts[word]) if counts else current
         if word > current:
-            if current >= 0:
-                yield WordSpan(caller_text[slice(*words[current])], first, last)
+            if current > after:
+                yield current, first, last
             current, first = word, token.start()
         last = token.end()
-    if current >= 0:
-        yield WordSpan(caller_text[slice(*words[current])], first, last)
+    if current > after:
+        yield current, first, last

@@ -389,8 +389,3 @@ def test_a_script_without_spaces_is_never_cut_inside_a_word_or_number() -> None:
             assert not re.search(r"[a-zA-Z0-9]$", before) or not re.match(r"[a-zA-Z0-9]", after)
             assert not re.search(r"[0-9][.：]$", before)
             assert not re.match(r"[.：][0-9]", after)
-
-
-def test_a_text_with_nothing_to_say_is_refused() -> None:
-    with pytest.raises(InvalidRequest, match="no letter"):
-        pieces("!?")

@@ -103,10 +103,9 @@ def test_tracing_changes_no_text_and_origins_never_leave_the_callers(text: str) 
     assert len(traced.origins) == len(traced.text)
     assert all(0 <= origin < len(text) for origin in traced.origins)
     assert list(traced.origins) == sorted(traced.origins)
-    cleaned = clean_text(text)
-    assert "".join(segment.text for segment in said(text, max_segment_chars=None)) == normalize_english(cleaned) or (
-        not any(character.isalnum() for character in cleaned)
-    )
+    if any(character.isalnum() for character in clean_text(text)):
+        (segment,) = said(text, max_segment_chars=None)
+        assert segment.text == normalize_english(clean_text(text))
 
 
 @pytest.fixture(scope="module")
