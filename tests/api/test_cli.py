@@ -186,6 +186,10 @@ def test_serve_names_the_port_that_is_taken() -> None:
         (["--workers", "3:1"], ["3:1"]),
         (["--max-batch", "0"], ["max_batch is 0"]),
         (["--memory-gb", "-2"], ["memory_gb is -2"]),
+        (["--max-input-chars", "0"], ["max_input_chars is 0"]),
+        (["--cache-dir", "c", "--cache-gb", "-1"], ["-1000000000 bytes"]),
+        (["--host", "0.0.0.0"], ["no API key", "declaim keys create", "--no-auth"]),
+        (["--database-url", "mysql://x/y"], ["mysql"]),
     ],
 )
 def test_serve_refuses_bad_settings_before_it_listens(arguments: list[str], words: list[str]) -> None:
@@ -209,11 +213,28 @@ def test_serve_uses_ray_unless_told() -> None:
         ("--workers", "3", "--max-batch", "8", "--max-waiting", "9", "--memory-gb", "1.5"): EngineConfig(
             vocoder="ray", vocoder_workers=(3, 3), max_batch=8, max_waiting=9, memory_gb=1.5
         ),
+        ("--eager",): EngineConfig(vocoder="ray", eager=True),
     }
     for arguments, config in wanted.items():
         factory = Factory(failure=ModelLoadError("stop here"))
         assert invoke(factory, "serve", "--port", "0", *arguments).exit_code == 1
         assert factory.calls == [("lark", config)]
+
+
+def test_serve_takes_its_options_from_the_environment_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DECLAIM_SERVE_MAX_BATCH", "5")
+    monkeypatch.setenv("DECLAIM_SERVE_VOCODER", "inline")
+    factory = Factory(failure=ModelLoadError("stop here"))
+    assert invoke(factory, "serve", "--port", "0", "--vocoder", "ray").exit_code == 1
+    assert factory.calls == [("lark", EngineConfig(vocoder="ray", max_batch=5))]
+
+
+def test_serve_says_who_may_come_in() -> None:
+    factory = Factory(failure=ModelLoadError("stop here"))
+    assert "no API key" in invoke(factory, "serve", "--port", "0").stdout
+    assert "--no-auth" in invoke(factory, "serve", "--port", "0", "--host", "0.0.0.0", "--no-auth").stdout
+    assert invoke(factory, "keys", "create", "--tenant", "acme").exit_code == 0
+    assert "everybody" not in invoke(factory, "serve", "--port", "0").stdout
 
 
 SERVER = """
