@@ -163,7 +163,7 @@ class LiveClient:
         if done:
             self.send(type="input.done")
 
-    def next(self, timeout: float = 10.0) -> dict[str, object] | bytes:
+    def next(self, timeout: float = 30.0) -> dict[str, object] | bytes:
         message = self.socket.recv(timeout)
         return message if isinstance(message, bytes) else json.loads(message)
 

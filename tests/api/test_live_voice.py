@@ -17,7 +17,7 @@ TEXT = "The quick brown fox jumps over the lazy dog. Then it goes home and sleep
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
-    engine = Engine.from_pretrained("lark", EngineConfig(device="cpu", vocoder="inline"))
+    engine = Engine.from_pretrained("lark", EngineConfig(device="cpu", vocoder="inline", num_threads=1))
     with live_world(tmp_path_factory.mktemp("live"), engine) as made:
         yield made
 
@@ -80,7 +80,7 @@ def test_speed_is_the_models_own_and_deepgram_speaks_too(world: World) -> None:
     lengths = []
     for query in ("", "?speed=1.5"):
         with world.deepgram(query) as client:
-            client.send(type="Speak", text="The quick brown fox jumps over the lazy dog.")
+            client.send(type="Speak", text="The quick brown fox jumps.")
             client.send(type="Flush")
             lengths.append(len(audio_of(client.until("Flushed"))))
-    assert lengths[1] / lengths[0] == pytest.approx(1 / 1.5, rel=0.12)
+    assert lengths[1] / lengths[0] == pytest.approx(1 / 1.5, rel=0.15)
