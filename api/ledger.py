@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import IO, Any, Self
 
 import platformdirs
-import sqlalchemy as sa
+from sqlalchemy import exc
 
 from declaim.api.gate import Usage
 from declaim.api.store.database import Database, StoreUnavailable
@@ -202,7 +202,7 @@ class Ledger:
                 session.execute(insert, rows)
         except StoreUnavailable:
             raise
-        except sa.exc.SQLAlchemyError as error:
+        except exc.SQLAlchemyError as error:
             # One bad row must not take the others with it.
             if len(rows) == 1:
                 self._lose(1, f"the database refuses row {rows[0].get('id')}: {' '.join(str(error).split())[:300]}")

@@ -17,7 +17,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 
 import sqlalchemy as sa
-from sqlalchemy import orm
+from sqlalchemy import exc, orm
 
 from declaim.api.limits import Meter, headers_of, refill, take
 from declaim.api.store.database import Database, StoreUnavailable
@@ -152,7 +152,7 @@ class SharedLimits:
                     _refund(accounts.get(release.lease.tenant), release)
                 answers = [(item, _begin(accounts.get(item.tenant), item)) for item in admits]
                 self._save(session, accounts)
-        except (StoreUnavailable, sa.exc.SQLAlchemyError) as error:
+        except (StoreUnavailable, exc.SQLAlchemyError) as error:
             # What these releases should have deleted is deleted by the next _renew.
             if not isinstance(error, StoreUnavailable):
                 error = StoreUnavailable(" ".join(str(error).split()))
@@ -258,7 +258,7 @@ class SharedLimits:
                     sa.update(StreamLease).where(mine).values(expires_at=self._database.now() + self._lease_s),
                     execution_options={"synchronize_session": False},
                 )
-        except (StoreUnavailable, sa.exc.SQLAlchemyError) as error:
+        except (StoreUnavailable, exc.SQLAlchemyError) as error:
             detail = error.detail if isinstance(error, StoreUnavailable) else " ".join(str(error).split())
             logger.warning("leases_not_renewed num_streams=%d error=%r", len(live), detail)
 

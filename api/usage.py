@@ -107,13 +107,15 @@ def build_usage_router(gate: Gate, database: Database) -> APIRouter:
         if begin % width.seconds or begin > end + width.seconds:
             raise InvalidRequest("page is of another query: send the next_page of this one", param="page")
         stop = min(begin + (limit or width.default_limit) * width.seconds, -(-end // width.seconds) * width.seconds)
-        names = tuple(dict.fromkeys([*(group_by or ()), *_plain_groups(request)]))
+        names: tuple[GroupBy, ...] = tuple(dict.fromkeys([*(group_by or ()), *_plain_groups(request)]))
         filters: dict[Group, list[str]] = {
             "tenant_id": _values(request, "project_ids", project_ids),
             "key_id": _values(request, "api_key_ids", api_key_ids),
             "model": _values(request, "models", models),
         }
-        only = {column: [_storable(value) for value in values] for column, values in filters.items() if values}
+        only: dict[Group, list[str]] = {
+            column: [_storable(value) for value in values] for column, values in filters.items() if values
+        }
         has_nothing = bool(_values(request, "user_ids", user_ids))
 
         def read() -> list[UsageSum]:

@@ -20,7 +20,7 @@ from alembic import command
 from alembic.config import Config
 from alembic.migration import MigrationContext
 from alembic.script import ScriptDirectory
-from sqlalchemy import event, orm
+from sqlalchemy import event, exc, orm
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.engine.interfaces import DBAPIConnection
 from sqlalchemy.pool import ConnectionPoolEntry
@@ -163,7 +163,7 @@ class Database:
 def _parse(url: str) -> sa.URL:
     try:
         parsed = sa.make_url(url)
-    except sa.exc.ArgumentError as error:
+    except exc.ArgumentError as error:
         raise InvalidConfig(_bad_url("the database URL cannot be read")) from error
     backend = parsed.get_backend_name()
     if backend == "sqlite" and parsed.database and parsed.database != ":memory:":
@@ -215,8 +215,8 @@ def _postgres_engine(url: sa.URL) -> sa.Engine:
 def _tells_unavailable(database: Database) -> Iterator[None]:
     try:
         yield
-    except (sa.exc.OperationalError, sa.exc.InterfaceError, sa.exc.TimeoutError) as error:
-        cause = error.orig if isinstance(error, sa.exc.DBAPIError) else error
+    except (exc.OperationalError, exc.InterfaceError, exc.TimeoutError) as error:
+        cause = error.orig if isinstance(error, exc.DBAPIError) else error
         reason = " ".join(str(cause).split())
         detail = f"the database {database} cannot be used ({reason}): check that it runs and that its URL is right"
         raise StoreUnavailable(detail) from error

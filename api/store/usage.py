@@ -101,12 +101,12 @@ def sum_usage(
         query = query.where(getattr(UsageRow, name).in_(values))
     return [
         UsageSum(
-            start=start + row[0] * width_s,
-            by=tuple(row[1:-4]),
-            num_requests=row[-4],
-            chars=int(row[-3]),
-            generated_s=row[-2],
-            delivered_s=row[-1],
+            start=start + int(index) * width_s,
+            by=tuple(by),
+            num_requests=num_requests,
+            chars=int(chars),
+            generated_s=generated_s,
+            delivered_s=delivered_s,
         )
-        for row in session.execute(query)
+        for index, *by, num_requests, chars, generated_s, delivered_s in session.execute(query)
     ]
