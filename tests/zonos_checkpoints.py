@@ -152,8 +152,8 @@ def shapes_of(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     qkv = hidden + 2 * hidden * attention["num_heads_kv"] // attention["num_heads"]
     shapes: dict[str, tuple[int, ...]] = {}
     for q in range(NUM_CODEBOOKS):
-        shapes[f"embeddings.{q}.weight"] = (1026, hidden)
-        shapes[f"heads.{q}.weight"] = (1025, hidden)
+        shapes[f"embeddings.{q}.weight"] = (config["masked_token_id"] + 1, hidden)
+        shapes[f"heads.{q}.weight"] = (config["eos_token_id"] + 1, hidden)
 
     def norm(name: str) -> None:
         shapes[f"{name}.weight"] = shapes[f"{name}.bias"] = (hidden,)
@@ -222,7 +222,7 @@ def random_weights(config: Mapping[str, Any], *, seed: int, eos_like: int | None
             values = values / math.sqrt(shape[-1]) * (3.0 if "heads" in name else 1.4)
         weights[name] = torch.from_numpy(values.astype(np.float32))
     head = weights["heads.0.weight"]
-    head[EOS] = 0.0 if eos_like is None else head[eos_like] * 1.01
+    head[config["eos_token_id"]] = 0.0 if eos_like is None else head[eos_like] * 1.01
     return weights
 
 

@@ -30,6 +30,7 @@ from declaim.engine import (
     SpeechRequest,
     TooLong,
 )
+from declaim.engine.batch import Batch, Entry
 from declaim.engine.espeak import EspeakPhonemizer
 from declaim.engine.loader import find_model
 from declaim.engine.models.base import StepContext
@@ -37,6 +38,9 @@ from declaim.engine.models.zonos import ZonosModel
 from declaim.engine.models.zonos_conditioning import PUNCTUATION, encode_phonemes
 from declaim.engine.parts import DAC_44KHZ, KNOWN_CONFIGS, describe_model
 from declaim.engine.request import ResolvedSampling
+from declaim.engine.runner import Runner
+from declaim.engine.sequence import Playback, Sequence, SequenceInput
+from declaim.engine.states import StateSlots
 from declaim.engine.vocoder.inline import InlineVocoder
 from tests.zonos_checkpoints import (
     CASES,
@@ -211,6 +215,41 @@ def test_states_lost_in_a_step_that_failed_half_way_are_made_again(
     for result in results:
         assert result.error is None
         assert_codes(result.codes, stored["hybrid-lively.codes"], case)
+
+
+def rows_taken_in_turns(model: ZonosModel, turns: list[int], *, num_states: int) -> list[NDArray[np.int32]]:
+    """Run two sequences step by step, whose turn it is alone in the step. Returns the rows of each."""
+    runner = Runner(model, num_blocks=32, num_cross_blocks=0, block_size=8, max_batch=num_states)
+    sequences = []
+    for i, text in enumerate(("wˈʌn", "tˈuː ænd ə hˈæf")):
+        prompt = model.tokenize(
+            text, voice_text="", voice_codes=np.zeros((0, 9), np.int32), sampling=SAMPLING, speed=1.0
+        )
+        sequence = Sequence(SequenceInput(i, "r", i, SAMPLING, prompt, 0.0), model.spec.rule, Playback(paced=False))
+        sequence.block_tables = [list(range(16 * i + 8 * branch, 16 * i + 8 * branch + 8)) for branch in range(2)]
+        runner.begin(sequence)
+        sequences.append(sequence)
+    for turn in turns:
+        sequence = sequences[turn]
+        count = sequence.num_pending
+        drawn = runner.run(Batch((Entry(sequence, count, draws=True),)))
+        sequence.num_cached += count
+        sequence.append(drawn[turn])
+    return [sequence.rows[: sequence.num_rows] for sequence in sequences]
+
+
+def test_a_state_that_lost_its_slot_to_another_is_made_again(
+    checkpoint: Callable[[Case], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("declaim.engine.runner.SPARE_STATES", 0)
+    model = load_zonos(checkpoint(CASES["hybrid-plain"]))
+    turns = [0, 1, 0, 0, 1, 1, 1, 0, 1, 0, 1, 0]
+    for got, wanted in zip(
+        rows_taken_in_turns(model, turns, num_states=1), rows_taken_in_turns(model, turns, num_states=2), strict=True
+    ):
+        np.testing.assert_array_equal(got, wanted)
+    with pytest.raises(ValueError, match="a step of 2 sequences.*there are 1"):
+        StateSlots(model.spec.cache.state, 1, num_branches=2, dtype=torch.float32, device=model.device).hold([0, 1])
 
 
 @pytest.mark.parametrize("family", FAMILIES)
