@@ -276,7 +276,7 @@ class LarkModel:
         marks = list(_TURN.finditer(text))
         if not marks:
             return _spoken(text, options)
-        check_text(clean_text(text), max_chars=MAX_TEXT_CHARS)
+        check_text(clean_text(_TURN.sub(" ", text)), max_chars=MAX_TEXT_CHARS)
         ends = [*(mark.start() for mark in marks[1:]), len(text)]
         turns = [(f"[S{mark.group(1)}] ", text[mark.end() : end]) for mark, end in zip(marks, ends, strict=True)]
         before = text[: marks[0].start()]

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from declaim.engine import Engine, EngineConfig, InvalidRequest, SamplingParams, SpeechRequest, TooLong, Voice
+from declaim.engine.errors import ModelLoadError, VoiceNotFound
 from declaim.engine.loader import EMBEDDED_FOLDER
-from declaim.engine.models.lark import LarkModel
+from declaim.engine.models.lark import LarkConfig, LarkModel
+from declaim.engine.sequence import Prompt
+from declaim.engine.text import TextOptions
 
 SENTENCE = json.loads((EMBEDDED_FOLDER / "test_vector.json").read_text())["text"]
 
@@ -127,3 +133,86 @@ def test_bfloat16_speaks_too() -> None:
     assert result.error is None
     assert torch.isfinite(torch.from_numpy(result.audio)).all()
     assert result.duration_s > 0.5
+
+
+def tokenized(model: LarkModel, text: str, voice_name: str | None = None) -> Prompt:
+    return model.tokenize(
+        text,
+        voice_text="",
+        voice_codes=np.zeros((0, 8), np.int32),
+        sampling=SamplingParams().resolve(model.spec.sampling.defaults),
+        speed=1.0,
+        voice_name=voice_name,
+    )
+
+
+@pytest.fixture(scope="module")
+def choir(engine: Engine, tmp_path_factory: pytest.TempPathFactory) -> LarkModel:
+    """The embedded voice as the first of three: the others differ by their speaker vectors."""
+    folder = tmp_path_factory.mktemp("choir")
+    for path in EMBEDDED_FOLDER.iterdir():
+        if path.is_file():
+            shutil.copyfile(path, folder / path.name)
+    config = json.loads((folder / "config.json").read_text())
+    config["speakers"] = [{"name": name, "byte": byte} for name, byte in (("lark", 1), ("ann", 251), ("bob", 252))]
+    (folder / "config.json").write_text(json.dumps(config))
+    weights = load_file(folder / "model.safetensors")
+    own = weights.get("speaker_embedding.weight", torch.zeros(1, 256, dtype=torch.float16))[:1]
+    others = torch.randn(2, 256, generator=torch.Generator().manual_seed(1)).to(torch.float16)
+    save_file(weights | {"speaker_embedding.weight": torch.cat([own, others])}, folder / "model.safetensors")
+    return LarkModel.load(folder, codec=engine.spec.codec, dtype=torch.float32, device=torch.device("cpu"))
+
+
+def test_a_speaker_is_chosen_by_name_and_the_first_is_the_default(engine: Engine, choir: LarkModel) -> None:
+    assert choir.spec.voices == ("lark", "ann", "bob")
+    alone = engine._model
+    assert isinstance(alone, LarkModel)
+    prompts = {name: tokenized(choir, SENTENCE, name) for name in (None, "lark", "ann", "bob")}
+    assert [prompt.text_ids[0] for prompt in prompts.values()] == [1, 1, 251, 252]
+    sides = {name: choir.prepare(prompt).side for name, prompt in prompts.items()}
+    plain = alone.prepare(tokenized(alone, SENTENCE)).side
+    assert all(side is not None for side in (plain, *sides.values()))
+    torch.testing.assert_close(sides[None], plain, rtol=0.0, atol=0.0)
+    torch.testing.assert_close(sides["lark"], plain, rtol=0.0, atol=0.0)
+    assert not torch.equal(choir.durations_s(prompts["ann"]), choir.durations_s(prompts["bob"]))
+    with pytest.raises(VoiceNotFound, match="'carl'.*lark, ann, bob"):
+        tokenized(choir, SENTENCE, "carl")
+
+
+def test_turns_of_a_dialogue_switch_the_voice(choir: LarkModel) -> None:
+    text = "Listen. [S1] Who is there at this hour? [S2] It is only me. [s1] Come in then, quickly. [S4] Well, well."
+    segments = choir.segments(text, TextOptions())
+    # A fourth speaker of three is the first again.
+    assert [tokenized(choir, segment.text).text_ids[0] for segment in segments] == [1, 1, 251, 1, 1]
+    assert [tokenized(choir, segment.text, "ann").text_ids[0] for segment in segments] == [251, 251, 252, 251, 251]
+    # The mark is not spoken, and the caller's words are where they were.
+    assert tokenized(choir, segments[2].text).text_ids[1:] == tokenized(choir, "It is only me.").text_ids[1:]
+    assert [segments[2].text[word.first : word.last] for word in segments[2].words] == ["It", "is", "only", "me."]
+    with pytest.raises(InvalidRequest, match="no letter"):
+        choir.segments("[S1] [S2] !", TextOptions())
+
+
+def test_a_voice_alone_says_all_turns(engine: Engine) -> None:
+    marked, plain = (
+        engine.generate([SpeechRequest(text, sampling=SamplingParams(seed=5, temperature=0.0))], progress=False)[0]
+        for text in ("[S1] It is only me, he said.", "It is only me, he said.")
+    )
+    np.testing.assert_array_equal(marked.codes, plain.codes)
+
+
+@pytest.mark.parametrize(
+    ("speakers", "words"),
+    [
+        ([], "list"),
+        (["lark"], "lark"),
+        ([{"name": "lark", "byte": 1}, {"name": "lark", "byte": 2}], "share a name"),
+        ([{"name": "lark", "byte": 1}, {"name": "wren", "byte": 1}], "differ"),
+        ([{"name": "lark", "byte": 256}], "1 .. 255"),
+        ([{"name": "lark"}], "byte"),
+    ],
+)
+def test_a_config_with_impossible_speakers_is_refused(tmp_path: Path, speakers: list[object], words: str) -> None:
+    config = json.loads((EMBEDDED_FOLDER / "config.json").read_text()) | {"speakers": speakers}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ModelLoadError, match=words):
+        LarkConfig.read(tmp_path / "config.json")
