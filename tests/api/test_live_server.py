@@ -22,6 +22,7 @@ import soundfile
 from prometheus_client.parser import text_string_to_metric_families
 
 from tests.api.fake_engine import eventually
+from tests.api.test_pipeline import decoded
 
 TEXT = "The quick brown fox jumps over the lazy dog, and then it goes home."
 
@@ -80,6 +81,21 @@ def test_the_openai_client_hears_speech(url: str) -> None:
     assert rate_hz == 24_000
     assert 2.0 < len(audio) / rate_hz < 12.0
     assert 0.01 < np.sqrt(np.mean(audio**2)) < 0.5
+
+
+def test_the_openai_client_gets_mp3_unless_it_asks_otherwise(url: str) -> None:
+    with openai.OpenAI(base_url=url + "/v1", api_key="unused") as client:
+        speech = client.audio.speech.create(model="tts-1", voice="alloy", input=TEXT, extra_body={"seed": 5})
+        with client.audio.speech.with_streaming_response.create(
+            model="tts-1", voice="alloy", input=TEXT, response_format="flac", extra_body={"seed": 5}
+        ) as response:
+            flac = b"".join(response.iter_bytes())
+    lossy, rate_hz = soundfile.read(io.BytesIO(speech.content), dtype="float32")
+    exact = decoded(flac, "flac")  # libsndfile takes a streamed FLAC, whose header cannot tell its length, for endless
+    assert rate_hz == 24_000 and 0 <= len(lossy) - len(exact) <= 0.1 * rate_hz
+    size = 1 << (len(lossy) + len(exact)).bit_length()
+    cross = np.fft.irfft(np.fft.rfft(lossy, size) * np.conj(np.fft.rfft(exact, size)))
+    assert cross[:3000].max() > 0.95 * np.linalg.norm(lossy) * np.linalg.norm(exact)
 
 
 def test_audio_comes_while_it_is_made(url: str) -> None:
