@@ -39,7 +39,16 @@ HERE = Path(__file__).parent
 SAMPLE_RATE_HZ, LISTENING_RATE_HZ = 24_000, 16_000
 BABBLE, CUT_OFF, RUNAWAY = 0.5, 0.6, 1.6
 # British to American, which the recogniser writes, and sounds that are spelt in two ways.
-_SPELLINGS = {"pm": "p m", "am": "a m", "mr": "mister", "mrs": "misses", "dr": "doctor", "okay": "ok", "st": "street"}
+_SPELLINGS = {
+    "pm": "p m",
+    "am": "a m",
+    "mr": "mister",
+    "mrs": "missus",
+    "misses": "missus",
+    "dr": "doctor",
+    "okay": "ok",
+    "st": "street",
+}
 
 Audio = NDArray[np.float32]
 

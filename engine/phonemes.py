@@ -38,7 +38,7 @@ MAX_CACHED_WORDS = 8192
 
 _WORD_OR_CHARACTER = re.compile(r"[A-Za-z']+|[^A-Za-z']")
 _CASE_BOUNDARY = re.compile(r"(?<=[a-z])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])")
-_CAPITAL_INITIALS = re.compile(r"([B-DF-HJ-NP-TV-XZ]{2,4})(s?)")
+_CAPITAL_INITIALS = re.compile(r"([A-Z]{2,3}|[B-DF-HJ-NP-TV-XZ]{4})(s?)")
 _PUNCTUATION_RUN = re.compile(r"\s*([.,!?;:—])(?:\s*[.,!?;:—])*")
 
 _SPELT_LATIN = MappingProxyType(
@@ -79,6 +79,20 @@ class Heteronym:
     other: str
     after: frozenset[str]
 
+
+# Younger than the dictionary, or spelt as no English word is.
+_NEW_WORDS: Mapping[str, str] = MappingProxyType(
+    {
+        "airbnb": "EH2 R B IY0 AH0 N B IY1", "aoife": "IY1 F AH0", "brexit": "B R EH1 K S IH0 T",
+        "chatbot": "CH AE1 T B AA2 T", "djokovic": "JH OW1 K AH0 V IH0 CH", "giannis": "Y AA1 N IH0 S",
+        "json": "JH EY1 S AH0 N", "kamala": "K AA1 M AH0 L AH0", "kubernetes": "K UW2 B ER0 N EH1 T IY0 Z",
+        "kyiv": "K IY1 V", "macron": "M AH0 K R OW1 N", "mbappe": "EH2 M B AA0 P EY1", "nevaeh": "N AH0 V EY1 AH0",
+        "nginx": "EH1 N JH IH0 N EH2 K S", "openai": "OW2 P AH0 N EY2 AY1", "ramen": "R AA1 M AH0 N",
+        "saoirse": "S ER1 SH AH0", "sriracha": "S ER0 AA1 CH AH0", "timothee": "T IH1 M AH0 TH IY0",
+        "xiaomi": "SH AW1 M IY0", "zelensky": "Z AH0 L EH1 N S K IY0", "zelenskyy": "Z AH0 L EH1 N S K IY0",
+        "zendaya": "Z EH0 N D EY1 AH0",
+    }
+)  # fmt: skip
 
 _VERB_CUES = "to will would can could shall should must may might i you we they don't didn't won't not who let's cannot"
 _NOUN_CUES = "the a an this that my your his her its our their no of any each every some another first"
@@ -405,7 +419,7 @@ class Phonemizer:
     def _pronounce(self, word: str) -> list[str]:
         lower = word.lower()
         bare = lower.strip("'")
-        found = self._dictionary(lower) or self._dictionary(bare)
+        found = self._dictionary(lower) or self._dictionary(bare) or _NEW_WORDS.get(bare, "").split()
         if found or not bare:
             return found
         initials = _CAPITAL_INITIALS.fullmatch(word)

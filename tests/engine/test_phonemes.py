@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import time
 from pathlib import Path
@@ -95,6 +96,11 @@ def test_a_word_said_in_two_ways_heeds_the_word_before(
         ("HTTP", "EY2 CH T IY2 T IY2 P IY1"),
         ("XQZ", "EH1 K S K Y UW1 Z IY1"),
         ("ChatGPT", "CH AE1 T JH IY1 P IY1 T IY1"),
+        ("GPU", "JH IY1 P IY1 Y UW1"),
+        ("GPUs", "JH IY1 P IY1 Y UW1 Z"),
+        ("NASA", "N AE1 S AH0"),
+        ("kubernetes", "K UW2 B ER0 N EH1 T IY0 Z"),
+        ("Kyiv's", "K IY1 V Z"),
         ("should've", "SH UH1 D AH0 V"),
         ("banana'd", "B AH0 N AE1 N AH0 D"),
         ("table'll", "T EY1 B AH0 L AH0 L"),
@@ -107,6 +113,20 @@ def test_words_outside_the_dictionary_are_built_from_words_in_it(
 ) -> None:
     said = phonemizer.pronounce(word)
     assert " ".join(said) == phones if phones else sum(phone.endswith("1") for phone in said) == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "symbols"),
+    [
+        ("it is at the door.", "ɪt ɪz æt ðə dˈɔɹ."),
+        ("what are you looking at?", "wˈʌt ɑɹ ju lˈʊkɪŋ ˈæt?"),
+        ("as it is, and was", "æz ɪt ˈɪz, ənd wˈɑz"),
+        ("door at", "dˈɔɹ ˈæt"),
+    ],
+)
+def test_weak_words_lose_their_stress_unless_a_pause_follows(phonemizer: Phonemizer, text: str, symbols: str) -> None:
+    weak = frozenset("it is at are you as and was".split())
+    assert dataclasses.replace(phonemizer, weak_words=weak).phonemes(text) == symbols
 
 
 @pytest.mark.parametrize(
