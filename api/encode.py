@@ -7,6 +7,7 @@ Every cut of the same audio into chunks gives the same samples, to the last bit.
 
 from __future__ import annotations
 
+import io
 import math
 import struct
 from collections.abc import Mapping
@@ -34,6 +35,8 @@ _MIN_BLOCK = 64
 _NUM_SINGLE_BLOCKS = 32
 _BLOCKS_AT_ONCE = 8
 _UNKNOWN_SIZE = 0xFFFFFFFF
+# Where STREAMINFO, the first block of a flac, holds the number of samples.
+_FLAC_COUNT = slice(21, 26)
 
 
 def to_s16(audio: NDArray[np.float32]) -> NDArray[np.int16]:
@@ -336,8 +339,18 @@ def make_encoder(response_format: str, sample_rate_hz: int) -> Encoder:
 
 
 def with_exact_length(data: bytes, response_format: str) -> bytes:
-    """A whole response, whose wav header can now tell how long it is; other formats need no such thing."""
-    if response_format != "wav":
-        return data
-    (rate_hz,) = struct.unpack_from("<I", data, 24)
-    return wav_header(rate_hz, data_bytes=len(data) - 44) + data[44:]
+    """A whole response, whose header can now tell how long it is; takes CPU time for flac.
+
+    Only wav and flac have such a header. libsndfile takes a flac whose header does not tell for endless.
+    """
+    if response_format == "wav":
+        (rate_hz,) = struct.unpack_from("<I", data, 24)
+        return wav_header(rate_hz, data_bytes=len(data) - 44) + data[44:]
+    if response_format == "flac" and len(data) > _FLAC_COUNT.stop:
+        with av.open(io.BytesIO(data), "r", format="flac") as container:
+            num_samples = sum(packet.duration or 0 for packet in container.demux(audio=0))
+        # The low 36 bits of five bytes; the high 4 belong to the sample size.
+        kept = data[_FLAC_COUNT.start] & 0xF0
+        count = ((kept << 32) | num_samples).to_bytes(5, "big")
+        return data[: _FLAC_COUNT.start] + count + data[_FLAC_COUNT.stop :]
+    return data

@@ -65,7 +65,7 @@ class PartStream(Protocol):
 
     def __anext__(self) -> Awaitable[Part]: ...
 
-    async def aclose(self) -> None:
+    def aclose(self) -> Awaitable[None]:
         """End the work behind it, finished or not; idempotent."""
         ...
 

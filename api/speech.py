@@ -30,7 +30,7 @@ from declaim.api.framing import AudioFraming, EventFraming, Framing, json_docume
 from declaim.api.gate import Caller, Gate, credential_of
 from declaim.api.keys import check_affiliation
 from declaim.api.metrics import ServerMetrics
-from declaim.api.pipeline import check_rate
+from declaim.api.pipeline import check_rate, in_worker
 from declaim.api.reference import decode_reference
 from declaim.api.rendering import Part, Rendering, Renders, render
 from declaim.api.schemas import SpeechBody, parse_speech_body
@@ -333,15 +333,14 @@ class _Speech:
             while whole[-1].finish_reason is None:
                 whole.append(await listening.next())
                 account.made(whole[-1])
-        content, media_type = whole_body(whole, form.audio_format), MEDIA_TYPES[form.audio_format]
-        if form.document is not None:
-            media_type = DOCUMENT_TYPES[form.document]
-            content = (
-                webvtt_document(whole)
-                if form.document == "vtt"
-                else json_document(
-                    whole, audio_format=form.audio_format, num_chars=len(body.input), with_words=speech.word_timestamps
-                )
+        media_type = MEDIA_TYPES[form.audio_format] if form.document is None else DOCUMENT_TYPES[form.document]
+        if form.document is None:
+            content = await in_worker(self._workers, whole_body, whole, form.audio_format)
+        elif form.document == "vtt":
+            content = webvtt_document(whole)
+        else:
+            content = json_document(
+                whole, audio_format=form.audio_format, num_chars=len(body.input), with_words=speech.word_timestamps
             )
         return WholeSpeech(content, whole, media_type=media_type, account=account, record=record)
 

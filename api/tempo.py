@@ -8,6 +8,7 @@ from __future__ import annotations
 from fractions import Fraction
 
 import av
+import av.error
 import numpy as np
 from av.filter import Graph
 from numpy.typing import NDArray
@@ -86,7 +87,7 @@ class Tempo:
         while True:
             try:
                 frame = self._sink.pull()
-            except (av.BlockingIOError, av.EOFError):
+            except (av.error.BlockingIOError, av.error.EOFError):
                 break
             if isinstance(frame, av.AudioFrame):
                 pieces.append(frame.to_ndarray().reshape(-1).astype(np.float32, copy=True))

@@ -7,11 +7,13 @@ import wave
 
 import numpy as np
 import pytest
+import soundfile
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.signal import resample_poly
 
 from declaim.api.encode import Resampler, design_filter, to_s16, wav_header, with_exact_length
+from declaim.api.pipeline import AudioPipeline
 
 RATES_HZ = [44_100, 16_000, 22_050, 48_000, 32_000]
 
@@ -90,3 +92,13 @@ def test_a_whole_wav_says_how_long_it_is_and_keeps_its_rate() -> None:
     with wave.open(io.BytesIO(whole)) as reader:
         assert (reader.getnframes(), reader.getframerate()) == (200, 16_000)
     assert with_exact_length(b"other", "mp3") == b"other"
+
+
+@pytest.mark.parametrize("num_samples", [1, 959, 960, 25_000])
+def test_a_whole_flac_says_how_long_it_is(num_samples: int) -> None:
+    audio = np.random.default_rng(0).uniform(-0.5, 0.5, num_samples).astype(np.float32)
+    pipeline = AudioPipeline("flac", source_rate_hz=24_000)
+    streamed = pipeline.feed(audio) + pipeline.finish()
+    samples, rate_hz = soundfile.read(io.BytesIO(with_exact_length(streamed, "flac")), dtype="int16")
+    assert rate_hz == 24_000
+    np.testing.assert_array_equal(samples, to_s16(audio))
