@@ -46,7 +46,7 @@ def next_row(
 
 def draws_end(rule: FrameRule, drawn: NDArray[np.int32]) -> bool:
     """Whether the drawn codes end the audio."""
-    return rule.eos is not None and int(drawn[rule.eos_codebook]) == rule.eos
+    return rule.eos is not None and drawn.item(rule.eos_codebook) == rule.eos
 
 
 def num_ready_frames(rule: FrameRule, num_rows: int, *, num_prompt_frames: int, end_row: int | None) -> int:

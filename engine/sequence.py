@@ -184,10 +184,16 @@ class Sequence:
     def append(self, drawn: NDArray[np.int32]) -> None:
         """Add the row that was in flight. drawn: [Q]."""
         row = self.num_rows
-        if self.end_row is None and frames.draws_end(self.rule, drawn):
-            self.end_row, self.finish_reason = row, "stop"
-        if self.end_row is None and row == self.last_end_row:
-            self.end_row, self.finish_reason = row, "length"
+        if self.end_row is None:
+            if frames.draws_end(self.rule, drawn):
+                self.end_row, self.finish_reason = row, "stop"
+            elif row == self.last_end_row:
+                self.end_row, self.finish_reason = row, "length"
+        if row >= len(self.forced) and (self.end_row is None or row < self.end_row):
+            # Most rows: what was drawn, as it is.
+            self.rows[row] = drawn
+            self.num_rows = row + 1
+            return
         if self.is_done:  # a rule without drain rows: the row that ends the audio is not part of it
             return
         end_row = self.end_row if self.end_row is not None and row >= self.end_row else None
