@@ -25,6 +25,7 @@ from declaim.api.admin_cli import OpenDatabase, add_admin_commands, open_store
 from declaim.api.models import build_models_cli, open_default_hub, quantize
 from declaim.api.plan import plan
 from declaim.api.terminal import StageBars, exit_with, exits_on_error
+from declaim.load.cli import build_bench_cli
 
 if TYPE_CHECKING:
     from declaim.api.serving import SpeechEngine
@@ -74,6 +75,7 @@ def build_cli(
     app.command()(quantize)
     app.command()(plan)
     add_admin_commands(app, open_database)
+    app.add_typer(build_bench_cli(), name="bench")
 
     @app.command()
     def say(
@@ -136,6 +138,10 @@ def build_cli(
         memory_gb: Annotated[
             float | None, typer.Option(help="For weights, codec and KV cache; by default from what is free.")
         ] = None,
+        offload: Annotated[
+            Literal["auto", "none", "text"],
+            typer.Option(help="Keep a text encoder on the CPU: where the card is too small, never, or always."),
+        ] = "auto",
         max_batch: Annotated[int, typer.Option(help="Sequences in one step.")] = 32,
         max_waiting: Annotated[int, typer.Option(help="Sequences that may wait; more are refused.")] = 256,
         eager: Annotated[bool, typer.Option("--eager", help="On a GPU, no captured graphs: slower, to debug.")] = False,
@@ -192,6 +198,7 @@ def build_cli(
                 vocoder_workers=_parse_workers(workers),
                 ray_address=ray_address,
                 eager=eager,
+                offload=offload,
             )
         logging.basicConfig(
             level=log_level.upper(), format="time=%(asctime)s level=%(levelname)s logger=%(name)s %(message)s"

@@ -7,7 +7,7 @@ became of it. `OpenGate` is the gate of a server on which no key was ever made.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Protocol
 
@@ -102,11 +102,10 @@ def tier_of(service_tier: str | None) -> Tier:
     return TIERS[service_tier]
 
 
+@dataclass(frozen=True, slots=True)
 class _OpenAdmission:
-    headers = NO_HEADERS
-
-    def __init__(self, tier: Tier) -> None:
-        self.tier = tier
+    tier: Tier
+    headers: Mapping[str, str] = field(default_factory=dict)
 
     def close(self, usage: Usage) -> None:
         """Nothing is kept of it."""

@@ -47,6 +47,8 @@ _LAST_S = 1
 _INTERRUPT_S = 10
 # Encoding leaves the interpreter's lock for most of its time; more threads than cores gain nothing.
 _MAX_ENCODE_THREADS = 8
+# Above the live sessions' own limits, so that theirs give the error.
+_MAX_MESSAGE_BYTES = 5 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,6 +165,8 @@ def run_server(
             timeout_graceful_shutdown=_INTERRUPT_S,
             callback_notify=hear_sigterm,
             timeout_notify=0,
+            ws_max_size=_MAX_MESSAGE_BYTES,
+            ws_per_message_deflate=False,
         )
         server = DrainingServer(config, serving, drain_s=options.drain_s)
         # Uvicorn, once stopped, sends itself the signal again; SIGTERM by default would then skip every clean-up.

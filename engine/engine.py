@@ -367,7 +367,7 @@ class Engine:
                 language=request.language,
                 controls=request.controls,
                 embedding=voice.embedding,
-                voice_name=request.voice if request.voice in self.spec.voices else None,
+                voice_name=self._own_voice(request.voice),
                 words=segment.words if request.word_timestamps else (),
             )
             for segment in segments
@@ -499,6 +499,10 @@ class Engine:
                     self._encoded.popitem(last=False)
             self._encoded.move_to_end(key)
             return self._encoded[key]
+
+    def _own_voice(self, voice: Voice | EncodedVoice | str | None) -> str | None:
+        """The model's own voice of that name, if it has one."""
+        return voice if isinstance(voice, str) and voice in self.spec.voices else None
 
     def _check_voice(self, voice: EncodedVoice) -> None:
         if self._load_encoder is None:

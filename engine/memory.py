@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Literal
 
 from declaim.engine.blocks import blocks_for
 from declaim.engine.errors import InvalidConfig, OutOfMemory
-from declaim.engine.parts import ELEMENT_BYTES, ModelParts, Precision, check_precision
+from declaim.engine.parts import ELEMENT_BYTES, SPARE_STATES, ModelParts, Precision, check_precision
 from declaim.engine.spec import CacheSpec, ModelSpec
 
 if TYPE_CHECKING:
@@ -395,6 +395,9 @@ def _workspaces(parts: ModelParts, device: Device, load: Load, choice: _Choice, 
     logits = max_batch * (parts.num_branches + SAMPLER_COPIES) * parts.logits_per_row * 4
     side = (3 * max_batch + 1) * parts.max_positions * parts.side_elements * element
     yield Use("logits and sampling", logits + side)
+    if parts.cache.state is not None:
+        states = (max_batch + SPARE_STATES) * parts.num_branches
+        yield Use("recurrent states", states * parts.cache.state.bytes_per_branch(element))
     if device.kind == "cuda":
         yield Use("attention and matmul partials", _partials_bytes(parts, load, choice, max_batch=max_batch))
     text_elements = 0 if choice.is_text_offloaded else parts.text_elements

@@ -125,8 +125,7 @@ def _in_chinese(match: Match) -> str:
             " normalize: false",
             param="normalize",
         ) from error
-    said: str = Normalizer(lang="zh", operator="tn").normalize(match.group())
-    return said
+    return str(Normalizer(lang="zh", operator="tn").normalize(match.group()))
 
 
 # Numbers in words.

@@ -2,38 +2,15 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import platform
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal, NoReturn
 
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.table import Table
-
-from declaim.load.client import Outcome, Target
-from declaim.load.report import Run, table_rows, write_report
-from declaim.load.session import run_closed, run_open
-from declaim.load.summary import Objective, summarize
-from declaim.load.workload import (
-    Job,
-    Tenant,
-    WorkloadError,
-    closed_loop,
-    open_loop,
-    parse_tenant,
-    read_prompts,
-    trace,
-)
 
 PROMPTS = Path(__file__).with_name("prompts.txt")
-SWEEP_STEPS = 12
-SWEEP_FACTOR = 1.6
-SWEEP_PRECISION = 1.08  # the search ends when the rates that hold and do not are this close
 
 
 def build_bench_cli() -> typer.Typer:
@@ -55,8 +32,8 @@ def serve(
     trace_file: Annotated[
         Path | None, typer.Option("--trace", help="Instead: a CSV with at_s[, tenant, text].")
     ] = None,
-    sweep: Annotated[
-        bool, typer.Option(help="Search the highest rate that holds the objective, from --rate up.")
+    search: Annotated[
+        bool, typer.Option("--sweep", help="Search the highest rate that holds the objective, from --rate up.")
     ] = False,
     num: Annotated[int, typer.Option(min=1, max=1_000_000, help="Requests, in each run of a sweep.")] = 50,
     burstiness: Annotated[
@@ -82,6 +59,16 @@ def serve(
 ) -> None:
     """Ask a speech server for many texts, and tell what its listeners would hear."""
     try:
+        # Not before they are needed: they are slow to import, and an extra of their own.
+        from declaim.load.client import Target
+        from declaim.load.report import Run, write_report
+        from declaim.load.runs import print_runs, run, sweep
+        from declaim.load.summary import Objective
+    except ImportError as error:
+        _exit_with(f"{error.name} is not installed: pip install 'declaim[bench]'")
+    from declaim.load.workload import WorkloadError, closed_loop, open_loop, parse_tenant, read_prompts, trace
+
+    try:
         tenants = [parse_tenant(value) for value in tenant or ["all"]]
         texts = read_prompts(prompts)
         target = Target(
@@ -97,27 +84,27 @@ def serve(
         )
         if sum(choice is not None for choice in (rate, concurrency, trace_file)) != 1:
             raise WorkloadError("give one of --rate, --concurrency and --trace")
-        if sweep and rate is None:
+        if search and rate is None:
             raise WorkloadError("--sweep searches a rate: give --rate to begin with")
         jobs = trace(trace_file, texts, tenants, seed=seed) if trace_file is not None else []
     except WorkloadError as error:
         _exit_with(str(error))
     objective = Objective(first_audio_ms / 1000, buffer_ms / 1000, share)
     runs: list[Run] = []
-    if sweep and rate is not None:
-        runs = _sweep(target, texts, tenants, objective, begin_per_s=rate, num=num, burstiness=burstiness, seed=seed)
+    if search and rate is not None:
+        runs = sweep(target, texts, tenants, objective, begin_per_s=rate, num=num, burstiness=burstiness, seed=seed)
     elif rate is not None:
         jobs = open_loop(texts, tenants, rate_per_s=rate, num_jobs=num, burstiness=burstiness, seed=seed)
-        runs = [_run(target, jobs, objective, label=f"{rate:g} requests/s", offered_per_s=rate)]
+        runs = [run(target, jobs, objective, label=f"{rate:g} requests/s", offered_per_s=rate)]
     elif concurrency is not None:
         jobs = closed_loop(texts, tenants, num_jobs=num, seed=seed)
-        runs = [_run(target, jobs, objective, label=f"{concurrency} at a time", concurrency=concurrency)]
+        runs = [run(target, jobs, objective, label=f"{concurrency} at a time", concurrency=concurrency)]
     else:
         offered = len(jobs) / max(jobs[-1].at_s or 0.0, 1e-9)
-        runs = [_run(target, jobs, objective, label=str(trace_file), offered_per_s=offered)]
-    _print(runs)
+        runs = [run(target, jobs, objective, label=str(trace_file), offered_per_s=offered)]
+    print_runs(runs)
     highest = max((run.offered_per_s or 0.0 for run in runs if run.summary.holds_objective), default=0.0)
-    if sweep:
+    if search:
         typer.echo(f"the highest rate that holds the objective: {highest:.3g} requests/s")
     facts = [
         f"{target.url}, model {model}, voice {voice}, {protocol}, {response_format}",
@@ -128,81 +115,11 @@ def serve(
     if report is not None:
         typer.echo(f"written: {write_report(report, 'Load test of a speech server', facts, runs)}")
     result = {"facts": facts, "runs": [{"label": r.label, **r.summary.as_dict()} for r in runs]}
-    if sweep:
+    if search:
         result["highest_rate_per_s"] = highest
     typer.echo(json.dumps(result))
     if not any(run.summary.num_whole for run in runs):
         _exit_with("no request came back whole: is the server up, and the key right?", code=1)
-
-
-def _run(
-    target: Target,
-    jobs: Sequence[Job],
-    objective: Objective,
-    *,
-    label: str,
-    offered_per_s: float | None = None,
-    concurrency: int | None = None,
-) -> Run:
-    """offered_per_s: None in a closed loop, whose `concurrency` is given instead."""
-    columns = (TextColumn("{task.description}"), BarColumn(30), MofNCompleteColumn(), TimeElapsedColumn())
-    num_errors = 0
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        bar = progress.add_task(label, total=len(jobs))
-
-        def on_outcome(outcome: Outcome) -> None:
-            nonlocal num_errors
-            num_errors += outcome.error is not None
-            progress.update(bar, advance=1, description=f"{label}, {num_errors} errors")
-
-        if concurrency is None:
-            outcomes = asyncio.run(run_open(target, jobs, on_outcome))
-        else:
-            outcomes = asyncio.run(run_closed(target, jobs, on_outcome, concurrency=concurrency))
-    return Run(label, offered_per_s, outcomes, summarize(outcomes, objective))
-
-
-def _sweep(
-    target: Target,
-    texts: Sequence[str],
-    tenants: Sequence[Tenant],
-    objective: Objective,
-    *,
-    begin_per_s: float,
-    num: int,
-    burstiness: float,
-    seed: int,
-) -> list[Run]:
-    """Raise the rate until the objective breaks, then halve the ratio between what holds and what does not."""
-    runs: list[Run] = []
-    holds, breaks, rate = 0.0, float("inf"), begin_per_s
-    for step in range(SWEEP_STEPS):
-        jobs = open_loop(texts, tenants, rate_per_s=rate, num_jobs=num, burstiness=burstiness, seed=seed + step)
-        run = _run(target, jobs, objective, label=f"{rate:.3g} requests/s", offered_per_s=rate)
-        runs.append(run)
-        if run.summary.holds_objective:
-            holds = max(holds, rate)
-        else:
-            breaks = min(breaks, rate)
-        if breaks == float("inf"):
-            rate *= SWEEP_FACTOR
-        elif holds == 0.0:
-            rate /= SWEEP_FACTOR
-        elif breaks / holds < SWEEP_PRECISION:
-            break
-        else:
-            rate = (holds * breaks) ** 0.5
-    return sorted(runs, key=lambda run: run.offered_per_s or 0.0)
-
-
-def _print(runs: Sequence[Run]) -> None:
-    columns, rows = table_rows(runs)
-    table = Table(title="what listeners heard", title_justify="left")
-    for i, column in enumerate(columns):
-        table.add_column(column, justify="left" if i == 0 else "right")
-    for row in rows:
-        table.add_row(*row)
-    Console().print(table)
 
 
 def _parse_extra(value: str) -> dict[str, object]:
@@ -211,7 +128,7 @@ def _parse_extra(value: str) -> dict[str, object]:
     except ValueError:
         fields = None
     if not isinstance(fields, dict):
-        raise WorkloadError(f"--extra is {value!r}: give a JSON object")
+        _exit_with(f"--extra is {value!r}: give a JSON object")
     return fields
 
 
