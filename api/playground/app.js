@@ -1,23 +1,28 @@
 // The playground: one request at a time, heard while it streams. No library, no build step.
 const RATE_HZ = 24000;
 const LEAD_S = 0.06; // a little in hand before the first sound, so that a late piece is not heard
+const MAX_LEAD_S = 0.96; // it doubles at every gap: one wait is better than many
+const PEAK_SAMPLES = 240; // of the waveform: 10 ms
+const MIN_WIDTH_S = 3; // a waveform grows from the left before it is squeezed
 const find = (id) => document.getElementById(id);
 
 const key = find("key");
 key.value = sessionStorage.getItem("declaim-key") ?? "";
 key.addEventListener("change", () => {
   sessionStorage.setItem("declaim-key", key.value);
+  showError(null);
   loadVoices();
 });
 
 let settings = { model: "", dialogue: false, controls: [], max_input_chars: 4096, imitates: false };
-let speech = null; // what is being heard
+let speech = null; // the latest: what is being heard, or can be heard again
 
 function headers() {
   return key.value ? { Authorization: `Bearer ${key.value}` } : {};
 }
 
 async function errorOf(answer) {
+  if (answer.status === 401) key.setAttribute("aria-invalid", "true");
   try {
     return (await answer.json()).error.message;
   } catch {
@@ -28,6 +33,27 @@ async function errorOf(answer) {
 function showError(message) {
   find("error").textContent = message ?? "";
   find("error").hidden = !message;
+  if (!message) key.removeAttribute("aria-invalid");
+}
+
+// The loudest sample of every 10 ms.
+class Peaks {
+  constructor() {
+    this.values = [];
+    this.loudest = 0;
+    this.peak = 0;
+    this.count = 0;
+  }
+
+  push(samples) {
+    for (const sample of samples) {
+      this.peak = Math.max(this.peak, Math.abs(sample));
+      if (++this.count < PEAK_SAMPLES) continue;
+      this.values.push(this.peak);
+      this.loudest = Math.max(this.loudest, this.peak);
+      this.peak = this.count = 0;
+    }
+  }
 }
 
 // Playing: pieces are scheduled one after another on the audio clock, and an <audio> element plays what the clock gives.
@@ -39,14 +65,17 @@ class Player {
     this.numSamples = 0;
     this.startedAt = null; // on the audio clock
     this.nextAt = 0;
-    this.underruns = 0;
+    this.leadS = LEAD_S;
+    this.gaps = 0;
+    this.beforeGapS = 0;
     this.rest = new Uint8Array(0);
     find("audio").srcObject = this.output.stream;
-    this.playing = find("audio").play().catch((error) => {
+    find("audio").play().catch((error) => {
       if (error.name !== "AbortError") showError(`The browser does not play: ${error.message}`);
     });
   }
 
+  // The samples in the next bytes; half a sample waits for its other half.
   push(bytes) {
     const all = new Uint8Array(this.rest.length + bytes.length);
     all.set(this.rest);
@@ -56,7 +85,11 @@ class Player {
     const view = new DataView(all.buffer, 0, whole);
     const samples = new Float32Array(whole / 2);
     for (let i = 0; i < samples.length; i++) samples[i] = view.getInt16(2 * i, true) / 32768;
-    if (!samples.length) return;
+    if (samples.length) this.schedule(samples);
+    return samples;
+  }
+
+  schedule(samples) {
     const buffer = this.context.createBuffer(1, samples.length, RATE_HZ);
     buffer.copyToChannel(samples, 0);
     const source = this.context.createBufferSource();
@@ -64,11 +97,13 @@ class Player {
     source.connect(this.output);
     const now = this.context.currentTime;
     if (this.startedAt === null) {
-      this.startedAt = this.nextAt = now + LEAD_S;
+      this.startedAt = this.nextAt = now + this.leadS;
     } else if (this.nextAt < now) {
-      this.underruns += 1;
-      this.startedAt += now - this.nextAt; // words after a gap are spoken later
-      this.nextAt = now;
+      this.gaps += 1;
+      this.leadS = Math.min(MAX_LEAD_S, 2 * this.leadS);
+      this.beforeGapS = this.numSamples / RATE_HZ;
+      this.startedAt += now + this.leadS - this.nextAt; // words after a gap are spoken later
+      this.nextAt = now + this.leadS;
     }
     source.start(this.nextAt);
     this.nextAt += buffer.duration;
@@ -78,16 +113,16 @@ class Player {
 
   get playedS() {
     if (this.startedAt === null) return 0;
-    return Math.max(0, Math.min(this.numSamples / RATE_HZ, this.context.currentTime - this.startedAt));
+    return Math.max(this.beforeGapS, Math.min(this.numSamples / RATE_HZ, this.context.currentTime - this.startedAt));
   }
 
   get isOver() {
-    return this.startedAt !== null && this.context.currentTime >= this.nextAt;
+    return this.startedAt === null || this.context.currentTime >= this.nextAt;
   }
 
   close() {
     find("audio").srcObject = null;
-    return this.context.state === "closed" ? undefined : this.context.close();
+    return this.context.close();
   }
 }
 
@@ -147,41 +182,43 @@ async function* eventsOf(answer) {
 }
 
 async function speak() {
-  await stop();
+  forget();
   showError(null);
   const format = find("format").value;
   const began = performance.now();
-  const mine = { abort: new AbortController(), player: null, words: [], firstMs: null, endMs: null, url: null };
+  const mine = {
+    abort: new AbortController(), isOpen: true, player: null, peaks: new Peaks(), words: [], firstMs: null, endMs: null,
+    url: null,
+  };
   speech = mine;
-  for (const id of ["first-audio", "rtf", "duration", "ended"]) find(id).textContent = "–";
-  find("words").replaceChildren();
-  find("download").hidden = true;
-  find("speak").disabled = true;
   find("stop").disabled = false;
+  find("ended").textContent = "waiting…";
   try {
     const asked = { method: "POST", signal: mine.abort.signal, body: JSON.stringify(bodyOf(format)) };
     if (format === "pcm") mine.player = new Player(); // while the click still counts as one
+    animate();
     const answer = await fetch("/v1/audio/speech", { ...asked, headers: { ...headers(), "Content-Type": "application/json" } });
     if (!answer.ok) throw new Error(await errorOf(answer));
+    find("ended").textContent = "speaking…";
     if (format === "pcm") await hear(mine, answer, began);
     else await fetchWhole(mine, answer, began, format);
   } catch (error) {
-    if (error.name !== "AbortError") showError(error.message);
-    if (mine.player !== null && mine.player.startedAt === null) mine.player.close();
+    if (speech !== mine || error.name === "AbortError") return;
+    showError(error.message);
+    find("ended").textContent = "error";
   } finally {
-    find("speak").disabled = false;
+    mine.isOpen = false;
+    if (speech === mine) keepWav(mine);
   }
 }
 
 async function hear(mine, answer, began) {
-  const player = mine.player;
-  requestAnimationFrame(() => draw(mine));
   let done = null;
   for await (const event of eventsOf(answer)) {
+    if (speech !== mine || mine.player === null) return; // stopped
     if (event.type === "speech.audio.delta") {
-      const bytes = Uint8Array.from(atob(event.audio), (c) => c.charCodeAt(0));
       if (mine.firstMs === null) mine.firstMs = performance.now() - began;
-      player.push(bytes);
+      mine.peaks.push(mine.player.push(Uint8Array.from(atob(event.audio), (c) => c.charCodeAt(0))));
     } else if (event.type === "speech.word") addWord(mine, event);
     else if (event.type === "error") throw new Error(event.error.message);
     else if (event.type === "speech.audio.done") done = event;
@@ -189,10 +226,8 @@ async function hear(mine, answer, began) {
     showFigures(mine);
   }
   if (done === null) throw new Error("The stream broke off before its end.");
-  const dry = player.underruns ? `, ran dry ${player.underruns} times` : "";
-  find("ended").textContent = (done.finish_reason ?? "stop") + dry;
-  mine.url = URL.createObjectURL(wavOf(player.pieces, player.numSamples));
-  offer(mine.url, "speech.wav");
+  const { gaps } = mine.player;
+  find("ended").textContent = (done.finish_reason ?? "stop") + (gaps ? `, ${gaps} ${gaps > 1 ? "gaps" : "gap"}` : "");
 }
 
 async function fetchWhole(mine, answer, began, format) {
@@ -200,43 +235,78 @@ async function fetchWhole(mine, answer, began, format) {
   const reader = answer.body.getReader();
   for (;;) {
     const { value, done } = await reader.read();
+    if (speech !== mine) return;
     if (done) break;
     if (mine.firstMs === null) mine.firstMs = performance.now() - began;
     pieces.push(value);
   }
   mine.endMs = performance.now() - began;
-  mine.url = URL.createObjectURL(new Blob(pieces, { type: answer.headers.get("content-type") }));
-  offer(mine.url, `speech.${format}`);
+  const blob = new Blob(pieces, { type: answer.headers.get("content-type") });
+  offer(mine, blob, `speech.${format}`);
+  find("ended").textContent = "stop";
   const audio = find("audio");
   audio.src = mine.url;
-  audio.onloadedmetadata = () => showFigures(mine, audio.duration);
   await audio.play();
-  find("ended").textContent = "stop";
-  find("stop").disabled = true;
+  const decoded = await new OfflineAudioContext(1, 1, RATE_HZ).decodeAudioData(await blob.arrayBuffer());
+  if (speech !== mine) return;
+  mine.peaks.push(decoded.getChannelData(0));
+  showFigures(mine, decoded.duration);
+  animate();
 }
 
-function offer(url, name) {
-  find("download").href = url;
+function offer(mine, blob, name) {
+  mine.url = URL.createObjectURL(blob);
+  find("download").href = mine.url;
   find("download").download = name;
   find("download").hidden = false;
 }
 
-async function stop() {
+// What was streamed, whole or not, can be downloaded.
+function keepWav(mine) {
+  if (mine.player?.numSamples && mine.url === null)
+    offer(mine, wavOf(mine.player.pieces, mine.player.numSamples), "speech.wav");
+}
+
+// The stream was played to its end, or stopped: from now on the <audio> element plays what was kept.
+function endPlayer(mine) {
+  mine.player.close();
+  mine.player = null;
+  if (mine.url !== null) find("audio").src = mine.url;
+}
+
+function stop() {
+  const mine = speech;
+  if (mine === null) return;
+  if (mine.isOpen) find("ended").textContent = "stopped";
+  mine.abort.abort();
+  find("audio").pause();
+  if (mine.player !== null) {
+    keepWav(mine);
+    endPlayer(mine);
+  }
+  find("stop").disabled = true;
+  find("speak").focus();
+}
+
+// Before the next one.
+function forget() {
   const last = speech;
   speech = null;
-  find("stop").disabled = true;
+  for (const id of ["first-audio", "rtf", "duration", "ended"]) find(id).textContent = "–";
+  find("words").replaceChildren();
+  find("download").hidden = true;
   if (last === null) return;
   last.abort.abort();
-  await last.player?.close();
+  last.player?.close();
   find("audio").pause();
-  if (last.url !== null) URL.revokeObjectURL(last.url);
   find("audio").removeAttribute("src");
+  if (last.url !== null) URL.revokeObjectURL(last.url);
 }
 
 // What is shown.
-function showFigures(mine, audioS = mine.player === null ? 0 : mine.player.numSamples / RATE_HZ) {
+function showFigures(mine, audioS = mine.player.numSamples / RATE_HZ) {
   if (mine.firstMs !== null) find("first-audio").textContent = `${mine.firstMs.toFixed(0)} ms`;
-  if (Number.isFinite(audioS) && audioS > 0) {
+  if (audioS > 0) {
     find("duration").textContent = `${audioS.toFixed(2)} s`;
     find("rtf").textContent = (mine.endMs / 1000 / audioS).toFixed(2);
   }
@@ -249,44 +319,40 @@ function addWord(mine, event) {
   find("words").append(span, " ");
 }
 
-function draw(mine) {
-  if (speech !== mine) return;
-  const player = mine.player;
+let frame = 0;
+function animate() {
+  cancelAnimationFrame(frame);
+  frame = requestAnimationFrame(() => {
+    const audio = find("audio");
+    if (speech?.player && !speech.isOpen && speech.player.isOver) endPlayer(speech);
+    const isPlaying = speech?.player || !(audio.paused || audio.ended);
+    draw(speech, speech?.player ? speech.player.playedS : audio.currentTime, isPlaying);
+    find("stop").disabled = !(speech?.isOpen || isPlaying);
+    if (speech?.isOpen || isPlaying) animate();
+  });
+}
+
+function draw(mine, playedS, isPlaying) {
+  for (const word of mine?.words ?? [])
+    word.span.className = !isPlaying ? "" : playedS >= word.end ? "said" : playedS >= word.start ? "now" : "";
   const canvas = find("wave");
-  canvas.width = canvas.clientWidth * devicePixelRatio;
-  canvas.height = canvas.clientHeight * devicePixelRatio;
   const paint = canvas.getContext("2d");
-  const style = getComputedStyle(document.documentElement);
-  const playedS = player.playedS;
-  const heard = (playedS * RATE_HZ) / Math.max(1, player.numSamples);
-  const perColumn = Math.max(1, Math.ceil(player.numSamples / canvas.width));
-  let column = 0;
-  let peak = 0;
-  let count = 0;
+  const scale = devicePixelRatio;
+  canvas.width = canvas.clientWidth * scale;
+  canvas.height = canvas.clientHeight * scale;
+  const { values, loudest } = mine?.peaks ?? { values: [], loudest: 0 };
+  const style = getComputedStyle(canvas);
+  const numBars = Math.floor(canvas.width / (3 * scale));
+  const perBar = Math.max(values.length, (MIN_WIDTH_S * RATE_HZ) / PEAK_SAMPLES) / numBars;
+  const playedBars = (playedS * RATE_HZ) / PEAK_SAMPLES / perBar;
   const middle = canvas.height / 2;
-  const finish = () => {
-    paint.fillStyle = column < heard * (player.numSamples / perColumn) ? style.getPropertyValue("--accent") : style.getPropertyValue("--soft");
-    paint.fillRect(column, middle - peak * middle, 1, Math.max(1, 2 * peak * middle));
-    column += 1;
-    peak = count = 0;
-  };
-  for (const piece of player.pieces)
-    for (const sample of piece) {
-      peak = Math.max(peak, Math.abs(sample));
-      if (++count === perColumn) finish();
-    }
-  if (count) finish();
-  for (const word of mine.words) {
-    word.span.className = playedS >= word.end ? "said" : playedS >= word.start ? "now" : "";
+  for (let bar = 0; bar < numBars && bar * perBar < values.length; bar++) {
+    let peak = 0;
+    for (let i = Math.floor(bar * perBar); i < Math.min(values.length, (bar + 1) * perBar); i++) peak = Math.max(peak, values[i]);
+    const half = Math.max(scale / 2, (0.9 * middle * peak) / Math.max(0.05, loudest));
+    paint.fillStyle = style.getPropertyValue(bar < playedBars || !isPlaying ? "--accent" : "--edge");
+    paint.fillRect(3 * scale * bar, middle - half, 2 * scale, 2 * half);
   }
-  if (mine.url !== null && player.isOver) {
-    for (const word of mine.words) word.span.className = "said";
-    find("stop").disabled = true;
-    player.close();
-    find("audio").src = mine.url; // to be heard again
-    return;
-  }
-  requestAnimationFrame(() => draw(mine));
 }
 
 // The server.
@@ -301,12 +367,11 @@ async function loadVoices() {
 }
 
 async function loadSettings() {
-  const answer = await fetch("/playground/settings.json");
-  if (!answer.ok) return setTimeout(loadSettings, 1000); // the model is still loading; the header says how far
-  settings = await answer.json();
+  settings = await (await fetch("/playground/settings.json")).json();
   find("model").textContent = settings.model;
-  find("own-voice").parentElement.hidden = !settings.imitates;
-  find("tab-dialogue").hidden = !settings.dialogue;
+  find("own-voice").hidden = !settings.imitates;
+  find("tabs").hidden = !settings.dialogue;
+  find("speak").disabled = false;
   const grid = find("controls").querySelector("div");
   grid.replaceChildren(...settings.controls.map(controlOf));
   find("controls").hidden = !settings.controls.length;
@@ -332,28 +397,38 @@ function controlOf(control) {
   return label;
 }
 
+function setLoad(state, text) {
+  find("load").dataset.state = state;
+  find("load").textContent = text;
+}
+
 async function showLoad() {
   try {
     const ready = await fetch("/ready");
     if (ready.status !== 200) {
       const { stage, percent } = await ready.json();
-      find("load").textContent = `${stage} ${percent} %`;
+      setLoad("busy", `${stage} ${percent} %`);
     } else {
+      if (!settings.model) await loadSettings();
+      const metrics = await (await fetch("/metrics")).text();
       const gauges = Object.fromEntries(
-        [...(await (await fetch("/metrics")).text()).matchAll(/^(declaim_[a-z_]+) ([0-9.e+-]+)$/gm)].map(([, name, value]) => [name, Number(value)]),
+        [...metrics.matchAll(/^declaim_([a-z_]+) ([0-9.e+-]+)$/gm)].map(([, name, value]) => [name, Number(value)]),
       );
-      const used = (100 * gauges.declaim_kv_blocks_used) / Math.max(1, gauges.declaim_kv_blocks_total);
-      find("load").textContent =
-        `${gauges.declaim_running_sequences} speaking, ${gauges.declaim_waiting_sequences} waiting, cache ${used.toFixed(0)} %`;
+      const { running_sequences: running, waiting_sequences: waiting } = gauges;
+      const used = (100 * gauges.kv_blocks_used) / Math.max(1, gauges.kv_blocks_total);
+      const parts = [running || waiting ? `${running} speaking` : "idle", `${waiting} waiting`, `KV cache ${used.toFixed(0)} %`];
+      setLoad(waiting ? "busy" : "ready", parts.join(" · "));
     }
   } catch {
-    find("load").textContent = "the server does not answer";
+    setLoad("down", "the server does not answer");
   }
   setTimeout(showLoad, document.hidden ? 10000 : 2000);
 }
 
 function countChars() {
-  find("count").textContent = `${[...find("text").value].length} of ${settings.max_input_chars} characters`;
+  const count = [...find("text").value].length;
+  find("count").textContent = `${count} of ${settings.max_input_chars} characters`;
+  find("count").classList.toggle("over", count > settings.max_input_chars);
 }
 
 function addTurn(line = "") {
@@ -369,7 +444,10 @@ function addTurn(line = "") {
   remove.type = "button";
   remove.textContent = "Remove";
   remove.addEventListener("click", () => turn.remove());
-  turn.append(speaker, input, remove);
+  const row = document.createElement("div");
+  row.className = "turn";
+  row.append(speaker, input, remove);
+  turn.append(row);
   find("turns").append(turn);
   return input;
 }
@@ -387,7 +465,7 @@ function choose(tab) {
 for (const name of ["text", "dialogue"]) {
   find(`tab-${name}`).addEventListener("click", () => choose(name));
   find(`tab-${name}`).addEventListener("keydown", (event) => {
-    if (event.key === "ArrowLeft" || event.key === "ArrowRight") choose(name === "text" && settings.dialogue ? "dialogue" : "text");
+    if (event.key === "ArrowLeft" || event.key === "ArrowRight") choose(name === "text" ? "dialogue" : "text");
   });
 }
 find("add-turn").addEventListener("click", () => addTurn().focus());
@@ -418,5 +496,7 @@ find("upload").addEventListener("submit", async (event) => {
     find("voice").value = id;
   }
 });
+for (const name of ["play", "pause", "seeked"]) find("audio").addEventListener(name, animate);
+matchMedia("(prefers-color-scheme: dark)").addEventListener("change", animate);
+new ResizeObserver(animate).observe(find("wave"));
 showLoad();
-loadSettings();
