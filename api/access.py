@@ -7,6 +7,7 @@ Never reads a body and never changes one.
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 import re
 import time
@@ -62,11 +63,14 @@ def record_of(request: Request) -> RequestRecord:
 
 
 class AccessLayer:
-    """Wraps the whole application, so that even the answer to an unexpected exception has its request id."""
+    """Wraps the whole application, so that even the answer to an unexpected exception has its request id.
+
+    metrics: of the application; what stands beside it adds its own.
+    """
 
     def __init__(self, app: ASGIApp, metrics: ServerMetrics) -> None:
         self._app = app
-        self._metrics = metrics
+        self.metrics = metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] in ("http", "websocket"):
@@ -77,7 +81,11 @@ class AccessLayer:
         record = RequestRecord(f"req_{uuid.uuid4().hex}", time.perf_counter())
         scope.setdefault("state", {})["record"] = record
 
+        is_speech = scope["path"] == SPEECH_PATH
+        sent_at_s: float | None = None  # the last piece of audio
+
         async def send_with_headers(message: Message) -> None:
+            nonlocal sent_at_s
             if message["type"] == "http.response.start":
                 record.status = message["status"]
                 headers = MutableHeaders(scope=message)
@@ -85,11 +93,15 @@ class AccessLayer:
                 headers["openai-version"] = OPENAI_VERSION
                 headers.update(record.headers)
                 headers["openai-processing-ms"] = str(round((time.perf_counter() - record.began_s) * 1000))
+            is_audio = is_speech and record.status == 200 and bool(message.get("body"))
+            if is_audio and sent_at_s is not None:
+                self.metrics.gap_s.observe(time.perf_counter() - sent_at_s)
             await send(message)
+            if is_audio:
+                sent_at_s = time.perf_counter()
 
-        is_speech = scope["path"] == SPEECH_PATH
         if is_speech:
-            self._metrics.in_flight.inc()
+            self.metrics.in_flight.inc()
         try:
             await self._app(scope, receive, send_with_headers)
         except asyncio.CancelledError:
@@ -97,8 +109,8 @@ class AccessLayer:
             record.outcome = "stopped"
         finally:
             if is_speech:
-                self._metrics.in_flight.dec()
-                self._metrics.requests.labels(str(record.status), record.outcome).inc()
+                self.metrics.in_flight.dec()
+                self.metrics.requests.labels(str(record.status), record.outcome).inc()
             _log(scope, record, level=_level(record) if is_speech else logging.DEBUG)
 
 
@@ -142,5 +154,5 @@ def _log(scope: Scope, record: RequestRecord, *, level: int) -> None:
             fields[name] = headers[header][:512]
     line = " ".join(f"{name}={_UNSAFE_IN_LOG.sub('_', str(value))}" for name, value in fields.items())
     if record.error is not None:
-        line += f" error={record.error!r}"
+        line += f" error={json.dumps(record.error)}"
     logger.log(level, "%s", line)

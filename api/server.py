@@ -22,6 +22,7 @@ from typing import NoReturn
 import uvicorn
 from starlette.types import ASGIApp
 
+from declaim.api.access import AccessLayer
 from declaim.api.app import create_app
 from declaim.api.deepgram import build_deepgram_router
 from declaim.api.gate import Gate, OpenGate
@@ -29,6 +30,7 @@ from declaim.api.keys import KeyGate
 from declaim.api.ledger import Ledger
 from declaim.api.live import build_live_router
 from declaim.api.live_session import LiveServices
+from declaim.api.metrics import GateMetrics, MeteredGate, SocketCollector
 from declaim.api.page import build_page_router
 from declaim.api.serving import Serving, SpeechEngine
 from declaim.api.settings import ApiSettings
@@ -60,6 +62,14 @@ class ServerOptions:
     drain_s: float = 25.0
 
 
+@dataclass(frozen=True, slots=True)
+class ServedApp:
+    """An application, and how many of its WebSockets wait for something to say."""
+
+    app: ASGIApp
+    num_idle_sockets: Callable[[], int]
+
+
 def is_loopback(host: str) -> bool:
     """Whether only this machine can reach an address."""
     try:
@@ -82,16 +92,18 @@ def check_open_to(host: str, database: Database, *, is_open: bool) -> bool:
 
 
 @contextmanager
-def serving_app(serving: Serving, database: Database, options: ServerOptions, *, host: str) -> Iterator[ASGIApp]:
+def serving_app(serving: Serving, database: Database, options: ServerOptions, *, host: str) -> Iterator[ServedApp]:
     """The application of one process, and what it needs beside the engine, closed at the end."""
     settings = options.settings
+    counts = GateMetrics(has_cache=settings.cache_folder is not None)
     gate: Gate = OpenGate()
     keys: KeyGate | None = None
     if not options.is_open:
         gate = keys = KeyGate(database, ledger=Ledger(database), open_without_keys=is_loopback(host))
     voices = VoiceStore(serving.engine, database)
     workers = ThreadPoolExecutor(min(_MAX_ENCODE_THREADS, os.cpu_count() or 1), "declaim-encode")
-    live = LiveServices(serving, gate, voices, workers)
+    live_gate = MeteredGate(gate, counts, asked_by="live")
+    live = LiveServices(serving, live_gate, voices, workers)
     socket_limits = SocketLimits()
     places = SocketPlaces(socket_limits)
     routers = [
@@ -102,7 +114,19 @@ def serving_app(serving: Serving, database: Database, options: ServerOptions, *,
         build_page_router(serving, max_input_chars=settings.max_input_chars),
     ]
     try:
-        yield create_app(serving, gate=gate, voices=voices, settings=settings, workers=workers, routers=routers)
+        app = create_app(
+            serving,
+            gate=MeteredGate(gate, counts, asked_by="http"),
+            voices=voices,
+            settings=settings,
+            workers=workers,
+            routers=routers,
+        )
+        if not isinstance(app, AccessLayer):
+            raise TypeError(f"create_app made a {type(app).__name__}, which has no metrics")
+        app.metrics.add(*counts.collectors, SocketCollector(lambda: places.num_open))
+        # A session speaks one utterance at a time.
+        yield ServedApp(app, lambda: places.num_open - live_gate.num_open)
     finally:
         voices.close()
         if keys is not None:
@@ -110,11 +134,18 @@ def serving_app(serving: Serving, database: Database, options: ServerOptions, *,
 
 
 class DrainingServer(uvicorn.Server):
-    """At SIGTERM, first lets running requests end while it answers 503 to new ones; a second one ends that."""
+    """At SIGTERM, first lets running requests end while it answers 503 to new ones; a second one ends that.
 
-    def __init__(self, config: uvicorn.Config, serving: Serving, *, drain_s: float) -> None:
+    A WebSocket that says nothing holds nothing up: it is closed with code 1012, "service restart".
+    """
+
+    def __init__(
+        self, config: uvicorn.Config, serving: Serving, *, num_idle_sockets: Callable[[], int], drain_s: float
+    ) -> None:
         super().__init__(config)
         self._serving = serving
+        self._num_idle_sockets = num_idle_sockets
+        self._num_quiet_ticks = 0
         self._drain_s = drain_s
         self._drained_at: float | None = None
 
@@ -130,7 +161,10 @@ class DrainingServer(uvicorn.Server):
         """Called ten times a second."""
         if self._drained_at is not None:
             is_late = time.monotonic() >= self._drained_at
-            if is_late or not self.server_state.tasks:
+            is_quiet = len(self.server_state.tasks) <= self._num_idle_sockets()
+            self._num_quiet_ticks = self._num_quiet_ticks + 1 if is_quiet else 0
+            # One tick more: an utterance that has just ended is still to be told so.
+            if is_late or self._num_quiet_ticks > 1:
                 self.config.timeout_graceful_shutdown = _LAST_S
                 self.should_exit = True
         return await super().on_tick(counter)
@@ -154,9 +188,9 @@ def run_server(
         signal.signal(signal.SIGTERM, server.handle_exit)
 
     serving = Serving(lambda: load(serving.report), on_failure=stop)
-    with serving_app(serving, database, options, host=host) as app:
+    with serving_app(serving, database, options, host=host) as served:
         config = uvicorn.Config(
-            app,
+            served.app,
             log_config=None,
             log_level="warning",
             access_log=False,
@@ -168,7 +202,7 @@ def run_server(
             ws_max_size=_MAX_MESSAGE_BYTES,
             ws_per_message_deflate=False,
         )
-        server = DrainingServer(config, serving, drain_s=options.drain_s)
+        server = DrainingServer(config, serving, num_idle_sockets=served.num_idle_sockets, drain_s=options.drain_s)
         # Uvicorn, once stopped, sends itself the signal again; SIGTERM by default would then skip every clean-up.
         signal.signal(signal.SIGTERM, _exit_cleanly)
         try:

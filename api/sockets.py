@@ -54,6 +54,11 @@ class SocketPlaces:
         self._limits = limits
         self._open: Counter[str] = Counter()
 
+    @property
+    def num_open(self) -> int:
+        """Of all tenants. Any thread."""
+        return sum(self._open.copy().values())
+
     @contextmanager
     def place(self, tenant: str) -> Iterator[None]:
         """Raises: Overloaded where there are as many as there may be."""
