@@ -840,7 +840,11 @@ def _make_runner(
 ) -> Runner | GraphRunner:
     """Allocates the caches, and captures the graphs where they are used."""
     runner = Runner(
-        model, num_blocks=plan.num_blocks, num_cross_blocks=plan.num_cross_blocks, block_size=config.block_size
+        model,
+        num_blocks=plan.num_blocks,
+        num_cross_blocks=plan.num_cross_blocks,
+        block_size=config.block_size,
+        max_batch=config.max_batch,
     )
     if config.eager or not (model.device.type == "cuda" or backend.IS_INTERPRETED):
         return runner

@@ -216,7 +216,8 @@ def plan_memory(
         weight_bytes=weight_bytes,
         reserved_bytes=reserved_bytes,
         budget_bytes=budget_bytes,
-        max_rows=max_batch * spec.max_positions,
+        max_batch=max_batch,
+        max_rows=spec.max_positions,
     )
     if plan is None:
         least_gb = _least_gb(weight_bytes + reserved_bytes + shape.least_bytes)
@@ -319,7 +320,8 @@ def _plan_as(parts: ModelParts, device: Device, load: Load, choice: _Choice) -> 
             weight_bytes=_total(weights),
             reserved_bytes=_total(workspaces),
             budget_bytes=device.budget_bytes,
-            max_rows=max_batch * parts.max_positions,
+            max_batch=max_batch,
+            max_rows=parts.max_positions,
         )
         if memory is None:
             continue
@@ -433,7 +435,7 @@ def _partials_bytes(parts: ModelParts, load: Load, choice: _Choice, *, max_batch
 
 
 def _stream_blocks(parts: ModelParts, seconds: float, block_size: int) -> tuple[int, int]:
-    rows = parts.rows_for(seconds)
+    rows = min(parts.rows_for(seconds), parts.max_positions)
     cross = parts.cache.cross
     num_cross = 0 if cross is None else blocks_for(math.ceil(rows * cross.positions_per_row), block_size)
     return parts.num_branches * blocks_for(rows, block_size), num_cross
@@ -485,14 +487,23 @@ class _CacheShape:
     def least_bytes(self) -> float:
         return self.rounding_bytes + (self.least_rows + 1) * self.row_bytes
 
-    def fill(self, *, weight_bytes: int, reserved_bytes: int, budget_bytes: int, max_rows: int) -> MemoryPlan | None:
-        """Blocks for what the rest leaves, at most `max_rows`; None if not even a short sequence fits."""
+    def fill(
+        self, *, weight_bytes: int, reserved_bytes: int, budget_bytes: int, max_batch: int, max_rows: int
+    ) -> MemoryPlan | None:
+        """Blocks for what the rest leaves, at most `max_batch` of the longest sequences; None if not even a short
+        sequence fits. max_rows: of one sequence. Once there are rows enough, what is left holds longer texts."""
         left = budget_bytes - weight_bytes - reserved_bytes - self.rounding_bytes
-        rows = min(max_rows, int(max(0, left) / self.row_bytes))
+        rows = min(max_batch * max_rows, int(max(0, left) / self.row_bytes))
         if rows < self.least_rows:
             return None
         num_blocks = self.num_branches * blocks_for(rows, self.block_size)
-        num_cross_blocks = blocks_for(int(rows * self.cross_per_row) + 1, self.block_size) if self.cross_per_row else 0
+        num_cross_blocks = 0
+        if self.cache.cross is not None:
+            num_cross_blocks = blocks_for(int(rows * self.cross_per_row) + 1, self.block_size)
+            if rows == max_batch * max_rows:
+                longest = max_batch * blocks_for(self.cache.cross.max_positions, self.block_size)
+                spare = budget_bytes - weight_bytes - reserved_bytes - num_blocks * self.block_bytes
+                num_cross_blocks = max(num_cross_blocks, min(longest, spare // self.cross_block_bytes))
         return MemoryPlan(
             num_blocks=num_blocks,
             num_cross_blocks=num_cross_blocks,

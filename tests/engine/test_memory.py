@@ -428,6 +428,15 @@ def test_a_batch_that_cannot_have_two_seconds_each_is_capped() -> None:
     assert f"{plan.num_running} of 256 streams" in plan.reason
 
 
+def test_a_model_of_short_sequences_is_batched_and_holds_the_longest_text_of_each(dia_folder: Path) -> None:
+    """However long an ordinary stream is, none of this model's is longer than its longest sequence."""
+    parts = replace(parts_of(dia_folder), max_positions=64)
+    plan = plan_device(parts, Device("cpu", 4 << 30), load=Load(max_batch=16, block_size=4))
+    assert plan.max_batch == 16
+    assert parts.cache.cross is not None
+    assert plan.memory.num_cross_blocks == 16 * -(-parts.cache.cross.max_positions // 4)
+
+
 def test_the_kv_blocks_take_the_bytes_that_the_runner_allocates(dia_folder: Path) -> None:
     model, _, _ = load_model(find_model(str(dia_folder)), EngineConfig(device="cpu", dtype="bfloat16").resolve())
     device = Device("cpu", 60_000_000)
