@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from declaim.engine.errors import InvalidConfig, ModelLoadError
@@ -137,11 +137,12 @@ _DAC_LIVE_TENSORS = 8
 
 @dataclass(frozen=True, slots=True)
 class Matrices:
-    """`count` dense layers of one shape."""
+    """`count` linear layers of one shape. stays_dense: the family's table keeps them out of int4."""
 
     num_in: int
     num_out: int
     count: int = 1
+    stays_dense: bool = False
 
     @property
     def num_weights(self) -> int:
@@ -149,8 +150,8 @@ class Matrices:
 
     @property
     def group_size(self) -> int | None:
-        """Of int4; None where the shape does not allow it, and the layer stays in 16 bits."""
-        if self.num_out % _INT4_OUT_MULTIPLE:
+        """Of int4; None where the shape or the table does not allow it, and the layer stays in 16 bits."""
+        if self.stays_dense or self.num_out % _INT4_OUT_MULTIPLE:
             return None
         return next((size for size in INT4_GROUPS if self.num_in % size == 0), None)
 
@@ -357,11 +358,16 @@ def lark_parts(config: Mapping[str, Any], codec_config: Mapping[str, Any], *, na
     embedding = _count(config, "text_vocab_size") * read
     # What a row is told: an encoded phoneme, how far it has gone and how long it lasts.
     durations_and_side = _dense(read, read) + _dense(read, 1) + _dense(read + 2, hidden)
+    text_part = _text_encoder(text, num_plain=embedding + durations_and_side, max_text=max_text)
+    # Of its layers int4 takes the encoder's feed-forward ones alone: see config.py's table.
+    qkv, out, *feed_forward = text_part.matrices
+    encoder_layers = (replace(qkv, stays_dense=True), replace(out, stays_dense=True), *feed_forward)
+    decoder_layers = tuple(replace(layer, stays_dense=True) for layer in layers.matrices)
     return ModelParts(
         name=name,
         weights=(
-            _text_encoder(text, num_plain=embedding + durations_and_side, max_text=max_text),
-            WeightPart("decoder layers", matrices=layers.matrices),
+            replace(text_part, matrices=encoder_layers),
+            WeightPart("decoder layers", matrices=decoder_layers),
             WeightPart("embeddings", num_plain=num_codebooks * (codebook_size + 2) * hidden),
             WeightPart("heads", num_plain=num_codebooks * codebook_size * hidden),
             WeightPart(

@@ -530,3 +530,24 @@ def test_the_plan_needs_no_torch_to_be_made() -> None:
         source = (Path(__file__).parents[2] / f"engine/{name}.py").read_text()
         assert not re.search(r"^(import|from) torch", source, re.MULTILINE), name
     assert DIA_NAME in KNOWN_CONFIGS
+
+
+def test_the_plan_counts_as_int4_what_the_familys_table_makes_int4() -> None:
+    """On the CPU the embedded voice's int4 layers are packed otherwise, but they are the same ones."""
+    parts = parts_of(EMBEDDED_FOLDER)
+    taken = [layer for part in parts.weights for layer in part.matrices if layer.group_size is not None]
+    model, _, _ = load_model(find_model(str(EMBEDDED_FOLDER)), EngineConfig(device="cpu", dtype="int4").resolve())
+    assert sum(layer.count for layer in taken) == num_int4_in(model) > 0
+
+
+def num_int4_in(value: object) -> int:
+    """How many layers of an object of ours are int4, however deep."""
+    if isinstance(value, int4.CpuInt4Weight):
+        return 1
+    if isinstance(value, list | tuple):
+        return sum(num_int4_in(item) for item in value)
+    if dataclasses.is_dataclass(value):
+        return sum(num_int4_in(getattr(value, field.name)) for field in dataclasses.fields(value))
+    if type(value).__module__.startswith("declaim.engine."):
+        return num_int4_in(list(vars(value).values()))
+    return 0
