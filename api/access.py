@@ -154,5 +154,5 @@ def _log(scope: Scope, record: RequestRecord, *, level: int) -> None:
             fields[name] = headers[header][:512]
     line = " ".join(f"{name}={_UNSAFE_IN_LOG.sub('_', str(value))}" for name, value in fields.items())
     if record.error is not None:
-        line += f" error={json.dumps(record.error)}"
+        line += f" error={json.dumps(record.error, ensure_ascii=False)}"
     logger.log(level, "%s", line)

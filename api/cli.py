@@ -172,8 +172,21 @@ def build_cli(
         log_level: Annotated[
             Literal["debug", "info", "warning", "error"], typer.Option(help="The least to log.")
         ] = "info",
+        log_format: Annotated[Literal["logfmt", "json"], typer.Option(help="How log lines are written.")] = "logfmt",
+        config_file: Annotated[
+            Path | None,
+            typer.Option(
+                "--config",
+                envvar="DECLAIM_SERVE_CONFIG",
+                callback=_take_config,
+                is_eager=True,
+                help="A TOML file with any of these options, such as max_batch = 8. A flag goes before the "
+                "environment, and that before the file.",
+            ),
+        ] = None,
     ) -> None:
         """Serve the OpenAI speech API over HTTP."""
+        from declaim.api.logs import set_up_logs
         from declaim.api.server import ServerOptions, check_open_to, run_server
         from declaim.api.settings import ApiSettings
         from declaim.api.store.database import StoreUnavailable
@@ -200,9 +213,7 @@ def build_cli(
                 eager=eager,
                 offload=offload,
             )
-        logging.basicConfig(
-            level=log_level.upper(), format="time=%(asctime)s level=%(levelname)s logger=%(name)s %(message)s"
-        )
+        set_up_logs(logging.getLevelNamesMapping()[log_level.upper()], log_format)
         listener = _bind(host, port)
         url = _url_of(listener)
         body = f'{{"model":"{model}","input":"Hello.","response_format":"wav"}}'
@@ -230,6 +241,17 @@ def build_cli(
 def main() -> None:
     """The `declaim` command."""
     build_cli()()
+
+
+def _take_config(context: typer.Context, path: Path | None) -> Path | None:
+    """Make a file's settings the defaults of the options, which are read after this one."""
+    if path is not None:
+        from declaim.api.settings import read_config
+
+        known = {option.name or "" for option in context.command.params} - {"", "config_file", "help"}
+        with exits_on_error():
+            context.default_map = dict(read_config(path, known=known))
+    return path
 
 
 def _read_text(argument: str) -> str:

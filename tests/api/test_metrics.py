@@ -1,11 +1,13 @@
-"""What operators see: metrics of tenants, streams and sockets, the dashboard that shows them, and their table."""
+"""What operators see and set: metrics and their dashboard, how a server stops, logs, and the configuration file."""
 
 from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import re
 import signal
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -14,10 +16,13 @@ from pathlib import Path
 import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
+from typer.testing import CliRunner, Result
 from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import connect
 
+from declaim.api.cli import build_cli
 from declaim.api.gate import Admission, Caller, OpenGate, Usage
+from declaim.api.logs import JsonFormatter, LogfmtFormatter
 from declaim.api.metrics import GateMetrics, MeteredGate, TenantLabels
 from declaim.api.server import ServerOptions, serving_app
 from declaim.api.serving import Serving
@@ -25,6 +30,8 @@ from declaim.api.settings import ApiSettings
 from declaim.api.store.database import Database
 from declaim.api.store.tenants import Limits, create_key, set_tenant
 from declaim.api.tenant_errors import QuotaExceeded, RateLimited, TooManyStreams
+from declaim.engine import EngineConfig, ModelLoadError
+from declaim.engine.progress import Progress
 from tests.api.asgi_server import served
 from tests.api.fake_engine import FakeEngine, eventually, scripted
 from tests.api.test_server import serve
@@ -255,3 +262,139 @@ def test_an_utterance_that_is_spoken_is_heard_to_its_end_before_a_stop(tmp_path:
                 num_bytes += len(message)
             assert json.loads(message)["type"] == "Flushed" and num_bytes == 2 * 15 * 5 * 960
             assert process.wait(20) == 0
+
+
+LINES = (
+    ("event=ready model=lark load_s=0.5", {"event": "ready", "model": "lark", "load_s": 0.5}),
+    ("event=cut error='no \"x\" there' rows=3", {"event": "cut", "error": 'no "x" there', "rows": 3}),
+    ('ledger_spills rows=12 error="it\'s gone"', {"event": "ledger_spills", "rows": 12, "error": "it's gone"}),
+    (
+        "event=request request_id=12 code=007 retry=",
+        {"event": "request", "request_id": "12", "code": "007", "retry": ""},
+    ),
+    ("event=request client=it's path='\\x_", {"message": "event=request client=it's path='\\x_"}),
+    ("event=request client='\\x'", {"event": "request", "client": "'\\x'"}),
+    ("a key was made: name=x", {"message": "a key was made: name=x"}),
+)
+
+
+@pytest.mark.parametrize(("message", "fields"), LINES)
+def test_both_log_formats_tell_the_same_fields(message: str, fields: dict[str, object]) -> None:
+    record = logging.LogRecord("declaim.api", logging.WARNING, "f.py", 1, "%s", (message,), None)
+    stamp = {"time": LogfmtFormatter().format(record).split(" ")[0][5:], "level": "warning", "logger": "declaim.api"}
+    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z", stamp["time"])
+    assert json.loads(JsonFormatter().format(record)) == {**stamp, **fields}
+    told = re.findall(r'(\w+)=("(?:[^"\\]|\\.)*"|[^\s"=]*)(?: |$)', LogfmtFormatter().format(record))
+    unquoted = {name: json.loads(value) if value.startswith('"') else value for name, value in told}
+    assert unquoted == {**stamp, **{name: str(value) for name, value in fields.items()}}
+
+
+def test_a_traceback_is_a_field_in_json_and_follows_in_logfmt() -> None:
+    try:
+        raise ZeroDivisionError("a bug")
+    except ZeroDivisionError:
+        record = logging.LogRecord("n", logging.ERROR, "f.py", 1, "it broke", (), sys.exc_info())
+    fields = json.loads(JsonFormatter().format(record))
+    assert fields["message"] == "it broke" and fields["traceback"].endswith("ZeroDivisionError: a bug")
+    first, *rest = LogfmtFormatter().format(record).splitlines()
+    assert first.endswith('message="it broke"') and rest[-1] == "ZeroDivisionError: a bug"
+
+
+@pytest.mark.parametrize("log_format", ["logfmt", "json"])
+def test_a_log_names_requests_and_never_a_key_or_a_text(tmp_path: Path, log_format: str) -> None:
+    database = Database(f"sqlite:///{tmp_path}/declaim.db")
+    database.migrate()
+    headers = make_key(database, "acme", Limits())
+    database.close()
+    key = headers["authorization"].removeprefix("Bearer ")
+    secret = "Zanzibar"
+    with serve(tmp_path, "--log-format", log_format, "--log-level", "debug") as (url, process):
+        ids = []
+        for body in (
+            {**BODY, "input": secret},
+            {**BODY, "input": secret * 1000},
+            {**BODY, "input": [secret]},
+            {**BODY, "instructions": secret, "speed": 99, "input": secret},
+        ):
+            answer = httpx.post(f"{url}{SPEECH}?api_key={key}", json=body, headers=headers)
+            ids.append(answer.headers["x-request-id"])
+        httpx.post(
+            url + SPEECH, content=f'{{"input": "{secret}', headers={**headers, "content-type": "application/json"}
+        )
+        httpx.post(url + SPEECH, json=BODY, headers={"authorization": f"Bearer {secret}"})
+        with connect(f"{url.replace('http', 'ws')}/v1/speak?api_key={key}") as socket:
+            socket.recv(10)
+            for message in ({"type": "Speak", "text": secret}, {"type": "Flush"}):
+                socket.send(json.dumps(message))
+            while isinstance(socket.recv(10), bytes):
+                continue
+        process.send_signal(signal.SIGTERM)
+        assert process.stderr is not None and process.wait(20) == 0
+        lines = process.stderr.read().splitlines()
+    log = "\n".join(lines)
+    assert secret not in log and key not in log and key[-8:] not in log
+    assert all(sum(request_id in line for line in lines) == 1 for request_id in ids)
+    assert log.count("utterance") == 1
+    if log_format == "json":
+        requests = [json.loads(line) for line in lines if "event" in json.loads(line)]
+        assert {each["request_id"]: each["status"] for each in requests if "status" in each}[ids[0]] == 200
+
+
+class Stop:
+    """Remembers what engine was asked for, and makes none."""
+
+    def __init__(self) -> None:
+        self.asked: list[tuple[str, EngineConfig]] = []
+
+    def __call__(self, model: str, config: EngineConfig, progress: Progress) -> FakeEngine:
+        self.asked.append((model, config))
+        raise ModelLoadError("stop here")
+
+
+def serve_with(folder: Path, config: str, *flags: str, env: dict[str, str] | None = None) -> tuple[Result, Stop]:
+    path = folder / "declaim.toml"
+    path.write_text(config)
+    factory = Stop()
+    runner = CliRunner(env={"DECLAIM_DATABASE_URL": f"sqlite:///{folder}/declaim.db", **(env or {})})
+    return runner.invoke(build_cli(factory), ["serve", "--config", str(path), "--port", "0", *flags]), factory
+
+
+def test_a_flag_goes_before_the_environment_and_that_before_the_file(tmp_path: Path) -> None:
+    config = 'model = "dia"\nmax_batch = 5\nmax_waiting = 6\nmemory_gb = 7\neager = true\nvocoder = "inline"\n'
+    _, factory = serve_with(tmp_path, config)
+    asked = EngineConfig(vocoder="inline", max_batch=5, max_waiting=6, memory_gb=7.0, eager=True)
+    assert factory.asked == [("dia", asked)]
+    env = {"DECLAIM_SERVE_MAX_BATCH": "15", "DECLAIM_SERVE_MAX_WAITING": "16"}
+    _, factory = serve_with(tmp_path, config, "--max-batch", "25", env=env)
+    assert factory.asked == [("dia", replace(asked, max_batch=25, max_waiting=16))]
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        ("max_bach = 5\nmodel = 'dia'", ["sets max_bach,", "did you mean max_batch?"]),
+        ("zz = 1\nqq = 2", ["qq, zz", ": use ", " cache_dir, cache_gb,"]),
+        ("[max_batch]\nx = 1", ["max_batch", "give a string, a number, true or false"]),
+        ("max_batch = 5 5", ["is not TOML", "max_batch = 8"]),
+        ("max_batch = 0", ["max_batch is 0"]),
+        ("max_batch = 7.5", ["--max-batch"]),
+        ("max_batch = true", ["--max-batch"]),
+        ("strict = 'perhaps'", ["--strict"]),
+    ],
+)
+def test_a_file_with_a_mistake_is_refused(tmp_path: Path, config: str, words: list[str]) -> None:
+    result, factory = serve_with(tmp_path, config)
+    assert result.exit_code == 2 and factory.asked == []
+    told = " ".join(result.stderr.split())
+    assert all(word in told for word in words), told
+
+
+def test_a_config_that_is_not_there_is_an_error_that_names_it(tmp_path: Path) -> None:
+    result = CliRunner().invoke(build_cli(Stop()), ["serve", "--config", str(tmp_path / "gone.toml")])
+    assert result.exit_code == 2 and "gone.toml cannot be read (No such file" in result.stderr
+
+
+def test_the_sample_config_says_what_holds_without_it(tmp_path: Path) -> None:
+    _, with_sample = serve_with(tmp_path, (DEPLOY / "declaim.toml").read_text(), "--no-auth")
+    _, without = serve_with(tmp_path, "", "--no-auth")
+    assert with_sample.asked == [(model, replace(config, vocoder_workers=(1, 4))) for model, config in without.asked]
