@@ -481,20 +481,38 @@ find("text").addEventListener("keydown", (event) => {
 find("stop").addEventListener("click", stop);
 find("text").addEventListener("input", countChars);
 find("speed").addEventListener("input", () => (find("speed-shown").textContent = Number(find("speed").value).toFixed(2)));
-find("upload").addEventListener("submit", async (event) => {
-  event.preventDefault();
-  const form = new FormData();
-  form.append("name", find("voice-name").value);
-  form.append("audio_sample", find("voice-file").files[0]);
-  form.append("transcript", find("voice-transcript").value);
-  find("upload-status").textContent = "encoding…";
-  const answer = await fetch("/v1/audio/voices", { method: "POST", body: form, headers: headers() });
-  find("upload-status").textContent = answer.ok ? "ready" : await errorOf(answer);
-  if (answer.ok) {
-    const { id } = await answer.json();
+async function send(path, fields) {
+  const body = new FormData();
+  for (const [name, value] of Object.entries(fields)) body.append(name, value);
+  const answer = await fetch(path, { method: "POST", body, headers: headers() });
+  if (!answer.ok) throw new Error(await errorOf(answer));
+  return (await answer.json()).id;
+}
+
+let consent = { file: null, id: null }; // kept, so that a second try does not store it again
+async function upload() {
+  const name = find("voice-name").value;
+  const file = find("voice-consent").files[0];
+  find("upload-status").textContent = "uploading…";
+  try {
+    if (consent.file !== file) {
+      const language = find("consent-language").value;
+      consent = { file, id: await send("/v1/audio/voice_consents", { name, language, recording: file }) };
+    }
+    const sample = { audio_sample: find("voice-file").files[0], transcript: find("voice-transcript").value };
+    const id = await send("/v1/audio/voices", { name, consent: consent.id, ...sample });
     await loadVoices();
     find("voice").value = id;
+    find("upload-status").textContent = "ready";
+  } catch (error) {
+    find("upload-status").textContent = error.message;
   }
+}
+
+find("consent-language").value = navigator.language;
+find("upload").addEventListener("submit", (event) => {
+  event.preventDefault();
+  upload();
 });
 for (const name of ["play", "pause", "seeked"]) find("audio").addEventListener(name, animate);
 matchMedia("(prefers-color-scheme: dark)").addEventListener("change", animate);
