@@ -37,6 +37,7 @@ from declaim.api.settings import ApiSettings
 from declaim.api.sockets import SocketLimits, SocketPlaces
 from declaim.api.store.database import Database
 from declaim.api.store.tenants import has_keys
+from declaim.api.tracing import open_tracing
 from declaim.api.usage import build_usage_router
 from declaim.api.voices import VoiceStore, build_voices_router
 from declaim.engine.errors import InvalidConfig
@@ -102,6 +103,9 @@ def serving_app(serving: Serving, database: Database, options: ServerOptions, *,
         gate = keys = KeyGate(database, ledger=Ledger(database), open_without_keys=is_loopback(host))
     voices = VoiceStore(serving.engine, database)
     workers = ThreadPoolExecutor(min(_MAX_ENCODE_THREADS, os.cpu_count() or 1), "declaim-encode")
+    tracing = open_tracing()
+    if tracing is not None:
+        gate = tracing.gate(gate)
     live_gate = MeteredGate(gate, counts, asked_by="live")
     live = LiveServices(serving, live_gate, voices, workers)
     socket_limits = SocketLimits()
@@ -131,6 +135,8 @@ def serving_app(serving: Serving, database: Database, options: ServerOptions, *,
         voices.close()
         if keys is not None:
             keys.close()
+        if tracing is not None:
+            tracing.close()
 
 
 class DrainingServer(uvicorn.Server):

@@ -8,9 +8,11 @@ import logging
 import re
 import signal
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import httpx
@@ -30,6 +32,7 @@ from declaim.api.settings import ApiSettings
 from declaim.api.store.database import Database
 from declaim.api.store.tenants import Limits, create_key, set_tenant
 from declaim.api.tenant_errors import QuotaExceeded, RateLimited, TooManyStreams
+from declaim.api.tracing import open_tracing
 from declaim.engine import EngineConfig, ModelLoadError
 from declaim.engine.progress import Progress
 from tests.api.asgi_server import served
@@ -398,3 +401,62 @@ def test_the_sample_config_says_what_holds_without_it(tmp_path: Path) -> None:
     _, with_sample = serve_with(tmp_path, (DEPLOY / "declaim.toml").read_text(), "--no-auth")
     _, without = serve_with(tmp_path, "", "--no-auth")
     assert with_sample.asked == [(model, replace(config, vocoder_workers=(1, 4))) for model, config in without.asked]
+
+
+class _Collector(BaseHTTPRequestHandler):
+    """An OTLP collector that keeps what it is sent in its server's `bodies`."""
+
+    def do_POST(self) -> None:
+        self.server.bodies.append((self.path, self.rfile.read(int(self.headers["content-length"]))))  # type: ignore[attr-defined]
+        self.send_response(200)
+        self.end_headers()
+
+    def log_message(self, format: str, *args: object) -> None:
+        """Says nothing."""
+
+
+def test_a_collector_gets_a_span_of_every_request(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("opentelemetry.exporter.otlp.proto.http")
+    from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
+
+    with HTTPServer(("127.0.0.1", 0), _Collector) as collector:
+        bodies: list[tuple[str, bytes]] = []
+        collector.bodies = bodies  # type: ignore[attr-defined]
+        threading.Thread(target=collector.serve_forever, daemon=True).start()
+        monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", f"http://127.0.0.1:{collector.server_port}")
+        with server(tmp_path, FakeEngine()) as (address, _):
+            answer = httpx.post(f"http://{address}{SPEECH}", json={**BODY, "input": "Zanzibar"})
+            say_live(address, "Zanzibar")
+        collector.shutdown()
+    assert {path for path, _ in bodies} == {"/v1/traces"} and not any(b"Zanzibar" in data for _, data in bodies)
+    sent = [ExportTraceServiceRequest.FromString(data) for _, data in bodies]
+    spans = [
+        span
+        for each in sent
+        for resource in each.resource_spans
+        for scope in resource.scope_spans
+        for span in scope.spans
+    ]
+    assert len(spans) == 2
+    told = {each.key: each.value for each in spans[0].attributes}
+    assert told["declaim.request_id"].string_value == answer.headers["x-request-id"]
+    assert told["declaim.chars"].int_value == 8 and told["declaim.audio_s"].double_value == pytest.approx(0.6)
+    assert told["declaim.outcome"].string_value == "complete" and told["declaim.tenant"].string_value == ""
+    (first_audio,) = spans[0].events
+    span = spans[0]
+    assert span.start_time_unix_nano < first_audio.time_unix_nano <= span.end_time_unix_nano
+
+
+def test_nothing_is_traced_unless_a_collector_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OTEL_EXPORTER_OTLP_ENDPOINT", raising=False)
+    monkeypatch.delenv("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", raising=False)
+    assert open_tracing() is None
+
+
+def test_without_the_extra_a_server_says_that_it_does_not_trace(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setitem(sys.modules, "opentelemetry.exporter.otlp.proto.http.trace_exporter", None)
+    assert open_tracing() is None
+    assert "event=not_traced" in caplog.text and "declaim[otel]" in caplog.text
