@@ -22,7 +22,10 @@ function headers() {
 }
 
 async function errorOf(answer) {
-  if (answer.status === 401) key.setAttribute("aria-invalid", "true");
+  if (answer.status === 401) {
+    key.setAttribute("aria-invalid", "true");
+    if (!key.value) return "This server asks for a key: write one into the field Key.";
+  }
   try {
     return (await answer.json()).error.message;
   } catch {
@@ -443,7 +446,10 @@ function addTurn(line = "") {
   const remove = document.createElement("button");
   remove.type = "button";
   remove.textContent = "Remove";
-  remove.addEventListener("click", () => turn.remove());
+  remove.addEventListener("click", () => {
+    turn.remove();
+    find("add-turn").focus();
+  });
   const row = document.createElement("div");
   row.className = "turn";
   row.append(speaker, input, remove);

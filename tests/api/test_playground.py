@@ -19,9 +19,10 @@ from declaim.api.gate import OpenGate
 from declaim.api.page import build_page_router
 from declaim.api.serving import Serving
 from declaim.api.voices import VoiceStore, build_voices_router
+from declaim.engine.errors import SequenceFailed
 from declaim.engine.spec import ModelSpec
 from tests.api.asgi_server import served
-from tests.api.fake_engine import FakeEngine, eventually
+from tests.api.fake_engine import FakeEngine, Script, eventually
 from tests.api.test_live_server import gauge, serve
 from tests.api.test_server import make_key, migrated
 
@@ -256,6 +257,8 @@ def test_pressing_speak_again_begins_again(page: Page) -> None:
 
 
 def test_a_wrong_key_is_said_and_a_right_one_helps(page: Page) -> None:
+    page.open(key="")
+    page.until(lambda: page["error"].text == "This server asks for a key: write one into the field Key.")
     page.open(key="sk-declaim-wrong")
     page["speak"].click()
     page.until(lambda: page["ended"].text == "error")
@@ -362,6 +365,17 @@ def serving(folder: Path, engine: FakeEngine) -> Iterator[str]:
     finally:
         voices.close()
         database.close()
+
+
+def test_a_stream_that_breaks_is_told_and_its_beginning_kept(browser: Any, downloads: Path, tmp_path: Path) -> None:
+    engine = Actor(Script(num_chunks=4, fail_after=3, failure=SequenceFailed("the voice broke")))
+    with serving(tmp_path, engine) as url:
+        page = Page(browser, downloads, url).open()
+        page["speak"].click()
+        page.until_played()
+        assert "the voice broke" in page["error"].text and page["ended"].text == "error"
+        assert len(page.download("speech.wav")) > 4_000
+        page.browser.get("about:blank")
 
 
 def test_the_embedded_voice_imitates_nobody_and_speaks_alone(page: Page) -> None:
