@@ -203,7 +203,7 @@ def page(server: tuple[str, str], browser: Any, downloads: Path) -> Page:
     return Page(browser, downloads, *server).open()
 
 
-def test_typed_text_is_heard_and_its_words_are_marked(page: Page) -> None:
+def test_typed_text_is_heard_again_and_again_and_its_words_are_marked(page: Page) -> None:
     page.complaints()
     page.type(TEXT)
     assert page["count"].text == f"{len(TEXT)} of 4096 characters"
@@ -218,16 +218,9 @@ def test_typed_text_is_heard_and_its_words_are_marked(page: Page) -> None:
     assert len(marked) > len(words) / 2 and [word for word in words if word in marked] == marked
     assert re.fullmatch(r"\d+ ms", page["first-audio"].text) and float(page["rtf"].text) > 0
     assert page["duration"].text == f"{seconds:.2f} s" and page["ended"].text.startswith("stop")
-    assert page.complaints() == []
-
-
-def test_what_was_heard_can_be_heard_again(page: Page) -> None:
-    page.type("Once more.")
-    page["speak"].click()
-    page.until_played()
     page.browser.execute_script("window.heard.marked = []; arguments[0].play()", page["audio"])
-    page.until(lambda: page.heard["marked"] == ["Once", "more."])
-    page.until(lambda: not page["stop"].is_enabled())
+    page.until(lambda: "canoe" in page.heard["marked"])
+    assert page.complaints() == []
 
 
 def test_stop_ends_the_sound_and_the_work_and_keeps_what_was_made(page: Page, server: tuple[str, str]) -> None:
@@ -239,10 +232,6 @@ def test_stop_ends_the_sound_and_the_work_and_keeps_what_was_made(page: Page, se
     assert eventually(lambda: gauge(server[0], "declaim_streams") == 0)
     assert page["ended"].text == "stopped" and not page["error"].is_displayed()
     assert 0.2 < len(page.download("speech.wav")) / 24_000 < 25.0
-    page.type("On we go.")
-    page["speak"].click()
-    page.until_played()
-    assert page["words"].text == "On we go."
 
 
 def test_pressing_speak_again_begins_again(page: Page) -> None:
