@@ -1,7 +1,7 @@
 """Runs one step on the device. Owns every tensor of the serving loop: the KV caches and what was prepared per sequence.
 
-`run` changes no sequence: it writes K and V at positions the scheduler gave out and returns what was drawn. So a step
-that failed can be run again, with fewer entries.
+`run` changes no sequence but the times of its words: it writes K and V at positions the scheduler gave out and returns
+what was drawn. So a step that failed can be run again, with fewer entries.
 """
 
 from __future__ import annotations
@@ -15,13 +15,14 @@ import torch
 from numpy.typing import NDArray
 
 from declaim.engine import sampler
+from declaim.engine.alignment import Aligner
 from declaim.engine.batch import Batch, Entry
 from declaim.engine.models.base import LayerCache, Prefill, SpeechModel, StepContext
 from declaim.engine.parts import SPARE_STATES
 from declaim.engine.sequence import Sequence
 from declaim.engine.spec import FrameRule, RepetitionPenalty
 from declaim.engine.states import StateSlots
-from declaim.kernels.attention import AttentionPlan, plan_attention
+from declaim.kernels.attention import AttentionPlan, attention_weights, plan_attention
 from declaim.kernels.kv_cache import allocate_cache, write_cache
 from declaim.kernels.mamba import StatePlan
 
@@ -88,6 +89,7 @@ class Runner:
                 device=model.device,
             )
         self._prefills: dict[int, Prefill] = {}
+        self._aligners: dict[int, Aligner] = {}  # of sequences whose words cross-attention tells
         penalties = [op for op in model.spec.sampling.ops if isinstance(op, RepetitionPenalty)]
         self._history_rows = max((op.window for op in penalties), default=0)
         self._skips_first = any(op.skips_first for op in penalties)
@@ -105,8 +107,9 @@ class Runner:
         return sequence.sequence_id in self._prefills
 
     def release(self, sequence: Sequence) -> None:
-        """Forget what `begin` made, and the state."""
+        """Forget what `begin` made, the state, and what the words' times were found by."""
         self._prefills.pop(sequence.sequence_id, None)
+        self._aligners.pop(sequence.sequence_id, None)
         if self.states is not None:
             self.states.release(sequence.sequence_id)
 
@@ -118,7 +121,12 @@ class Runner:
     @torch.inference_mode()
     def run(self, batch: Batch) -> dict[int, NDArray[np.int32]]:
         """Run a step and wait for it. Returns the drawn codes [Q] by sequence id."""
-        drawing, logits = self.compute(batch)
+        queries: list[torch.Tensor] | None = None
+        if self.cross_caches and any(entry.sequence.prompt.words for entry in batch.entries):
+            queries = []
+        drawing, logits = self.compute(batch, cross_queries=queries)
+        if queries is not None:
+            self._time_words(batch.entries, queries)
         if logits is None:
             return {}
         rule = self._model.spec.rule
@@ -137,8 +145,10 @@ class Runner:
         drawn = sampler.draw(inputs, self._model.spec.sampling).to("cpu", torch.int32).numpy()
         return {entry.sequence.sequence_id: codes for entry, codes in zip(drawing, drawn, strict=True)}
 
-    def compute(self, batch: Batch) -> tuple[list[Entry], torch.Tensor | None]:
-        """Run a step up to the logits.
+    def compute(
+        self, batch: Batch, *, cross_queries: list[torch.Tensor] | None = None
+    ) -> tuple[list[Entry], torch.Tensor | None]:
+        """Run a step up to the logits. cross_queries: see `StepContext`.
 
         Returns the D entries that draw, and their logits, float32 [D + G, Q, V]: those of branch 0, then those of
         branch 1 of the G that have it; None where nobody draws.
@@ -148,7 +158,7 @@ class Runner:
                 self._write_cross(entry.sequence)
         self.hold_states(batch.entries)
         self.begin_states(batch.entries)
-        hidden = self._forward(_branch_major(batch.entries))
+        hidden = self._forward(_branch_major(batch.entries), cross_queries)
         self.advance_states(batch.entries)
         drawing = [entry for entry in batch.entries if entry.draws]
         return drawing, self._model.logits(hidden) if drawing else None
@@ -215,11 +225,42 @@ class Runner:
         # The cache holds them now; kept a second time, they would be as large as seconds of speech.
         self._prefills[sequence.sequence_id] = replace(prefill, cross=())
 
-    def _forward(self, runs: Items[_Run]) -> torch.Tensor:
-        """Run the decoder over runs in branch-major order. Returns the hidden states of those that draw, [M, C]."""
-        return self._model.forward(self._embed(runs), self._context(runs))
+    def _time_words(self, entries: Items[Entry], queries: list[torch.Tensor]) -> None:
+        """Tell how far a step's sequences have come in their texts. queries: of each layer, [num_conditional, H, D].
 
-    def _context(self, runs: Items[_Run]) -> StepContext:
+        A row that was run before, in a step that failed or before a preemption, has told already.
+        """
+        begin = 0
+        for entry in entries:
+            sequence, first = entry.sequence, entry.sequence.num_cached
+            begin, query_begin = begin + entry.num_positions, begin
+            prompt = sequence.prompt
+            if not prompt.words:
+                continue
+            aligner = self._aligners.get(sequence.sequence_id)
+            if aligner is None:
+                lag = self._model.spec.rule.max_delay
+                aligner = self._aligners[sequence.sequence_id] = Aligner(prompt.words, prompt.cross_len, lag=lag)
+            # Position 0 draws the first frame, and those of the voice prompt come before the new ones.
+            wanted = prompt.prefix_len + sequence.num_prompt_frames + aligner.num_rows
+            num_told = max(0, wanted - first)
+            if num_told >= entry.num_positions:
+                continue
+            layers = [
+                attention_weights(
+                    q[query_begin + num_told : begin], k_cache, sequence.cross_blocks, context_len=prompt.cross_len
+                )
+                for q, (k_cache, _) in zip(queries, self.cross_caches, strict=True)
+            ]
+            for weights in torch.cat(layers, 1).double().cpu().numpy():
+                aligner.observe(weights)
+            sequence.words = aligner.words(self._model.spec.codec.frame_rate_hz)
+
+    def _forward(self, runs: Items[_Run], cross_queries: list[torch.Tensor] | None = None) -> torch.Tensor:
+        """Run the decoder over runs in branch-major order. Returns the hidden states of those that draw, [M, C]."""
+        return self._model.forward(self._embed(runs), self._context(runs, cross_queries))
+
+    def _context(self, runs: Items[_Run], cross_queries: list[torch.Tensor] | None) -> StepContext:
         device = self._model.device
         counts = [run.num_positions for run in runs]
         tables = [run.sequence.block_tables[run.branch] for run in runs]
@@ -248,6 +289,7 @@ class Runner:
             last=torch.tensor(last, dtype=torch.int64, device=device),
             state=self._state_plan(runs, starts),
             states=() if self.states is None else self.states.layers,
+            cross_queries=cross_queries,
         )
 
     def _cross_plan(self, conditional: Items[_Run]) -> AttentionPlan | None:

@@ -165,6 +165,20 @@ def paged_attention_reference(
     return out
 
 
+def attention_weights(
+    q: torch.Tensor, k_cache: torch.Tensor, table: Sequence[int], *, context_len: int
+) -> torch.Tensor:
+    """softmax(q k^T) of one sequence's queries over all of its cache: what `paged_attention` mixes V by.
+
+    q: [N, H, D], scaled already; k_cache: [blocks, kv_heads, block_size, D]; table: the sequence's blocks
+    -> float32 [N, H, context_len].
+    """
+    blocks = torch.tensor(table[: -(-context_len // k_cache.shape[2])], dtype=torch.int64, device=k_cache.device)
+    keys = k_cache.transpose(1, 2).index_select(0, blocks).flatten(0, 1)[:context_len]
+    keys = keys.float().repeat_interleave(q.shape[1] // k_cache.shape[1], 1)
+    return torch.einsum("nhd,thd->nht", q.float(), keys).softmax(-1)
+
+
 @triton.jit
 def _attend_chunk(
     q,

@@ -53,6 +53,8 @@ class StepContext:
     cross: the plan of the first `num_conditional` rows (branch 0); None where the family has no cross-attention.
     last: int64 [M], the rows whose logits are wanted.
     state: whose rows move which recurrent state in `states`; None where the family has none.
+    cross_queries: where it is a list, a family with cross-attention appends each layer's queries to it,
+    [num_conditional, H, D], times the scale of their products with K.
     """
 
     positions: torch.Tensor
@@ -65,6 +67,7 @@ class StepContext:
     last: torch.Tensor
     state: StatePlan | None = None
     states: tuple[LayerState, ...] = ()
+    cross_queries: list[torch.Tensor] | None = None
 
 
 class SpeechModel(Protocol):

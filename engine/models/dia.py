@@ -3,12 +3,15 @@
 The unconditional branch reads a text of zero bytes. Its encoder output is one vector at every position, and
 cross-attention has no positions of its own, so all it adds is one constant vector a layer: computed at load, it spares
 that branch the encoder, the cross-attention cache and the kernel.
+When words are heard follows from the conditional branch's cross-attention (`alignment.py`), where steps run operation
+by operation; captured graphs keep no queries, and with them no words are told.
 Source: transformers `DiaForConditionalGeneration`, whose greedy codes these are.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
 from collections.abc import Sequence as Items
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,8 +52,8 @@ from declaim.engine.spec import (
     TopK,
     TopP,
 )
-from declaim.engine.text import TextOptions, clean_text, speak
-from declaim.engine.words import Segment, WordSpan
+from declaim.engine.text import TextOptions, clean_text, is_speakable, speak
+from declaim.engine.words import Segment, TimedWord, WordSpan
 from declaim.kernels.attention import paged_attention
 from declaim.kernels.codebooks import codebook_embedding
 from declaim.kernels.linear import Linear, linear
@@ -63,6 +66,7 @@ EXPECTED_CROSS_PER_ROW = (
 # Ordinary speech takes 0.067 s. These are far enough from it to be heard as wrong.
 SECONDS_PER_CHAR = (0.02, 0.4)
 SPEAKER_TAGS = ((b"[S1]", b"\x01"), (b"[S2]", b"\x02"))
+_TAG = re.compile(r"(\[S[12]\])")
 
 
 @dataclass(frozen=True, slots=True)
@@ -234,7 +238,8 @@ class DiaModel:
         words: tuple[WordSpan, ...] = (),
     ) -> Prompt:
         config = self._config
-        text_ids = encode_text(f"{clean_text(voice_text)} {text}" if voice_text else text)
+        before = f"{clean_text(voice_text)} " if voice_text else ""
+        text_ids = encode_text(before + text)
         if len(text_ids) > config.max_text_bytes:
             raise TooLong(
                 f"text takes {len(text_ids)} bytes (voice transcript included), and this model reads"
@@ -263,6 +268,7 @@ class DiaModel:
             max_frames=max_frames,
             num_branches=1 if sampling.guidance_scale == 1.0 else 2,
             speed=speed,
+            words=tuple(_timed(text, words, num_before=len(encode_text(before)))),
         )
 
     @torch.inference_mode()
@@ -318,6 +324,8 @@ class DiaModel:
             raise ValueError("Dia needs a cross-attention plan")
         shape = self._config.cross_shape
         q = linear(normed, layer.cross_q).view(len(normed), -1, shape.head_dim)
+        if context.cross_queries is not None:
+            context.cross_queries.append(q * shape.scale)
         k_cache, v_cache = context.cross_caches[index]
         mixed = paged_attention(q, k_cache, v_cache, context.cross, scale=shape.scale)
         return linear(mixed.flatten(1), layer.cross_out)
@@ -329,6 +337,20 @@ def encode_text(text: str) -> list[int]:
     for tag, byte in SPEAKER_TAGS:
         data = data.replace(tag, byte)
     return list(data)
+
+
+def _timed(text: str, words: Items[WordSpan], *, num_before: int) -> Iterator[TimedWord]:
+    """Which bytes say each word, `num_before` others first. Speaker tags are not said: they are cut off and out of the
+    words they touch, and those that hold nothing else are left out."""
+    for word in words:
+        parts = _TAG.split(text[word.first : word.last])
+        begin = word.first
+        for part in parts:
+            end = begin + len(part)
+            if is_speakable(part) and not _TAG.fullmatch(part):
+                first, last = (num_before + len(encode_text(text[:place])) for place in (begin, end))
+                yield TimedWord(word.text if len(parts) == 1 else part, first, last)
+            begin = end
 
 
 def _defaults(generation: Mapping[str, Any]) -> SamplingDefaults:
