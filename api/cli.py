@@ -13,6 +13,7 @@ import socket
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, Protocol
 
@@ -155,6 +156,9 @@ def build_cli(
             ),
         ] = None,
         max_input_chars: Annotated[int, typer.Option(help="The longest input.")] = 4096,
+        api_workers: Annotated[
+            int, typer.Option(min=1, max=64, help="Processes that answer and encode; they share one engine.")
+        ] = 1,
         strict: Annotated[bool, typer.Option("--strict", help="Refuse fields that are not known.")] = False,
         public_listings: Annotated[
             bool, typer.Option("--public-listings", help="List models and own voices without a key.")
@@ -228,9 +232,24 @@ def build_cli(
             if no_auth or not has_keys:
                 print(f"It lets everybody in who can reach {host}: {_how_open(no_auth)}", flush=True)
             options = ServerOptions(settings, is_open=no_auth, drain_s=drain_seconds)
-            failure = run_server(
-                lambda progress: factory(model, config, progress), listener, database, options, host=host
-            )
+
+            def load(progress: ProgressCallback) -> SpeechEngine:
+                return factory(model, config, progress)
+
+            if api_workers == 1:
+                failure = run_server(load, listener, database, options, host=host)
+            else:
+                from declaim.api.workers import run_workers
+
+                failure = run_workers(
+                    load,
+                    listener,
+                    database,
+                    options,
+                    host=host,
+                    num_workers=api_workers,
+                    set_up_logs=partial(set_up_logs, logging.getLevelNamesMapping()[log_level.upper()], log_format),
+                )
             database.close()
         if failure is not None:
             exit_with(f"the model could not be served: {failure}", code=1)

@@ -7,6 +7,7 @@ Every name is explained in examples/deploy/README.md.
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -14,6 +15,7 @@ from typing import Literal
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.multiprocess import MultiProcessCollector
 from prometheus_client.registry import Collector
 
 from declaim.api.gate import Admission, Caller, Gate, Usage
@@ -63,11 +65,17 @@ class ServerMetrics:
 
     def __init__(self, serving: Serving) -> None:
         self._registry = CollectorRegistry()
-        self._registry.register(_EngineCollector(serving))
+        self._engine = _EngineCollector(serving)
+        self._registry.register(self._engine)
         self.requests = Counter(
             "declaim_requests", "Speech requests ended", ["status", "outcome"], registry=self._registry
         )
-        self.in_flight = Gauge("declaim_requests_in_flight", "Speech requests not ended", registry=self._registry)
+        self.in_flight = Gauge(
+            "declaim_requests_in_flight",
+            "Speech requests not ended",
+            registry=self._registry,
+            multiprocess_mode="livesum",
+        )
         self.ttfa_s = Histogram(
             "declaim_ttfa_seconds",
             "From a request's arrival to its first audio",
@@ -96,17 +104,19 @@ class ServerMetrics:
 
     def text(self) -> bytes:
         """The exposition format, UTF-8."""
-        return generate_latest(self._registry)
+        folder = os.environ.get("PROMETHEUS_MULTIPROC_DIR")
+        if folder is None:
+            return generate_latest(self._registry)
+        # One worker of several (workers.py): what all of them count lies in files, the engine is theirs together.
+        shared = CollectorRegistry()
+        MultiProcessCollector(shared, folder)  # type: ignore[no-untyped-call]
+        shared.register(self._engine)
+        return generate_latest(shared)
 
 
-class SocketCollector(Collector):
-    """The WebSockets that are open. num_open: counts them."""
-
-    def __init__(self, num_open: Callable[[], int]) -> None:
-        self._num_open = num_open
-
-    def collect(self) -> Iterator[Metric]:
-        yield GaugeMetricFamily("declaim_websockets_open", "WebSockets open", self._num_open())
+def make_socket_gauge() -> Gauge:
+    """The WebSockets that are open, to be set at every change."""
+    return Gauge("declaim_websockets_open", "WebSockets open", registry=None, multiprocess_mode="livesum")
 
 
 class TenantLabels:
@@ -148,7 +158,10 @@ class GateMetrics:
         self._cache_misses = Counter("declaim_cache_misses", "Answers spoken because the cache had none", registry=None)
         self._utterances = Counter("declaim_utterances", "Utterances of WebSockets ended", ["outcome"], registry=None)
         self._utterances_in_flight = Gauge(
-            "declaim_utterances_in_flight", "Utterances of WebSockets not ended", registry=None
+            "declaim_utterances_in_flight",
+            "Utterances of WebSockets not ended",
+            registry=None,
+            multiprocess_mode="livesum",
         )
         self._rtf = Histogram(
             "declaim_real_time_factor",

@@ -30,7 +30,7 @@ from declaim.api.keys import KeyGate
 from declaim.api.ledger import Ledger
 from declaim.api.live import build_live_router
 from declaim.api.live_session import LiveServices
-from declaim.api.metrics import GateMetrics, MeteredGate, SocketCollector
+from declaim.api.metrics import GateMetrics, MeteredGate, make_socket_gauge
 from declaim.api.page import build_page_router
 from declaim.api.serving import Serving, SpeechEngine
 from declaim.api.settings import ApiSettings
@@ -109,7 +109,8 @@ def serving_app(serving: Serving, database: Database, options: ServerOptions, *,
     live_gate = MeteredGate(gate, counts, asked_by="live")
     live = LiveServices(serving, live_gate, voices, workers)
     socket_limits = SocketLimits()
-    places = SocketPlaces(socket_limits)
+    open_sockets = make_socket_gauge()
+    places = SocketPlaces(socket_limits, on_change=open_sockets.set)
     routers = [
         build_voices_router(voices, gate, lists_publicly=settings.public_listings),
         build_usage_router(gate, database),
@@ -128,7 +129,7 @@ def serving_app(serving: Serving, database: Database, options: ServerOptions, *,
         )
         if not isinstance(app, AccessLayer):
             raise TypeError(f"create_app made a {type(app).__name__}, which has no metrics")
-        app.metrics.add(*counts.collectors, SocketCollector(lambda: places.num_open))
+        app.metrics.add(*counts.collectors, open_sockets)
         # A session speaks one utterance at a time.
         yield ServedApp(app, lambda: places.num_open - live_gate.num_open)
     finally:
@@ -176,6 +177,23 @@ class DrainingServer(uvicorn.Server):
         return await super().on_tick(counter)
 
 
+def make_server(served: ServedApp, serving: Serving, options: ServerOptions) -> DrainingServer:
+    """The HTTP server of one process."""
+    config = uvicorn.Config(
+        served.app,
+        log_config=None,
+        log_level="warning",
+        access_log=False,
+        lifespan="on",
+        timeout_keep_alive=_KEEP_ALIVE_S,
+        timeout_graceful_shutdown=_INTERRUPT_S,
+        timeout_notify=0,
+        ws_max_size=_MAX_MESSAGE_BYTES,
+        ws_per_message_deflate=False,
+    )
+    return DrainingServer(config, serving, num_idle_sockets=served.num_idle_sockets, drain_s=options.drain_s)
+
+
 def run_server(
     load: Callable[[Progress], SpeechEngine],
     listener: socket.socket,
@@ -195,20 +213,8 @@ def run_server(
 
     serving = Serving(lambda: load(serving.report), on_failure=stop)
     with serving_app(serving, database, options, host=host) as served:
-        config = uvicorn.Config(
-            served.app,
-            log_config=None,
-            log_level="warning",
-            access_log=False,
-            lifespan="on",
-            timeout_keep_alive=_KEEP_ALIVE_S,
-            timeout_graceful_shutdown=_INTERRUPT_S,
-            callback_notify=hear_sigterm,
-            timeout_notify=0,
-            ws_max_size=_MAX_MESSAGE_BYTES,
-            ws_per_message_deflate=False,
-        )
-        server = DrainingServer(config, serving, num_idle_sockets=served.num_idle_sockets, drain_s=options.drain_s)
+        server = make_server(served, serving, options)
+        server.config.callback_notify = hear_sigterm
         # Uvicorn, once stopped, sends itself the signal again; SIGTERM by default would then skip every clean-up.
         signal.signal(signal.SIGTERM, _exit_cleanly)
         try:

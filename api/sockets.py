@@ -50,8 +50,10 @@ class SocketLimits:
 class SocketPlaces:
     """How many sockets are open, of all tenants and of each."""
 
-    def __init__(self, limits: SocketLimits) -> None:
+    def __init__(self, limits: SocketLimits, *, on_change: Callable[[int], object] | None = None) -> None:
+        """on_change: told how many are open, of all tenants."""
         self._limits = limits
+        self._on_change = on_change
         self._open: Counter[str] = Counter()
 
     @property
@@ -69,13 +71,18 @@ class SocketPlaces:
                 f"{limits.max_sockets_per_tenant} and {limits.max_sockets} may be; close one",
                 retry_after_s=5.0,
             )
-        self._open[tenant] += 1
+        self._count(tenant, 1)
         try:
             yield
         finally:
-            self._open[tenant] -= 1
-            if not self._open[tenant]:
-                del self._open[tenant]
+            self._count(tenant, -1)
+
+    def _count(self, tenant: str, change: int) -> None:
+        self._open[tenant] += change
+        if not self._open[tenant]:
+            del self._open[tenant]
+        if self._on_change is not None:
+            self._on_change(self.num_open)
 
 
 class SocketGone(Exception):
