@@ -12,7 +12,19 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 LAYERS = ("engine", "kernels", "api")
-TORCH_FREE = ("blocks", "sequence", "scheduler", "batch", "frames", "chunks", "errors", "request", "spec", "text")
+TORCH_FREE = (
+    "alignment",
+    "blocks",
+    "sequence",
+    "scheduler",
+    "batch",
+    "frames",
+    "chunks",
+    "errors",
+    "request",
+    "spec",
+    "text",
+)
 LIGHT_DEPENDENCIES = {"torch", "triton", "transformers", "numpy", "safetensors", "declaim"}
 
 
