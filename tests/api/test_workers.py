@@ -367,6 +367,7 @@ def serve(folder: Path, script: Mapping[str, object], *options: str) -> Iterator
             **os.environ,
             "OMP_NUM_THREADS": "1",
             "XDG_STATE_HOME": str(folder),
+            "TMPDIR": str(folder),  # a killed server leaves its metrics there
             "DECLAIM_DATABASE_URL": f"sqlite:///{folder}/declaim.db",
         },
         stdout=subprocess.PIPE,
