@@ -130,7 +130,8 @@ _ZONOS_SYMBOLS, _ZONOS_CODEBOOKS = 189, 9
 _DIA_CROSS_PER_ROW = 0.15  # text bytes a row of codes, as models/dia.py expects of ordinary speech
 _MAX_REFERENCE_S = 30.0  # as voices.py takes it
 _LARK_MAX_POSITIONS = 2048
-_DAC_CONTEXT = _LARK_CODEC_CONTEXT = 20  # frames on both sides of a window together
+_DAC_CONTEXT = 20  # frames on both sides of a window together
+_LARK_CONTEXT = {"left_context": 10, "right_context": 10}  # where its config does not say
 # Tensors of its widest stage that a DAC has alive at once: 6.4 measured (specs/models.md), the rest is margin.
 _DAC_LIVE_TENSORS = 8
 
@@ -355,7 +356,8 @@ def lark_parts(config: Mapping[str, Any], codec_config: Mapping[str, Any], *, na
     text, layers = _Stack.read(_section(config, "encoder")), _Stack.read(_section(config, "decoder"))
     read, hidden, max_text = text.hidden, layers.hidden, _count(config, "max_text_length")
     num_codebooks, codebook_size = _count(config, "num_codebooks"), _count(config, "codebook_size")
-    embedding = _count(config, "text_vocab_size") * read
+    # Where there are several speakers, each byte has a second vector: the speaker's whose sentences begin with it.
+    embedding = _count(config, "text_vocab_size") * read * (2 if "speakers" in config else 1)
     # What a row is told: an encoded phoneme, how far it has gone and how long it lasts.
     durations_and_side = _dense(read, read) + _dense(read, 1) + _dense(read + 2, hidden)
     text_part = _text_encoder(text, num_plain=embedding + durations_and_side, max_text=max_text)
@@ -522,7 +524,7 @@ def lark_codec_parts(config: Mapping[str, Any]) -> CodecParts:
         num_encoding=0,
         frame_elements=4 * row,
         encoding_elements=0,
-        num_context=_LARK_CODEC_CONTEXT,
+        num_context=sum(_count({**_LARK_CONTEXT, **config}, key) for key in _LARK_CONTEXT),
         frame_rate_hz=_count(config, "sampling_rate") / _count(config, "hop_length"),
     )
 

@@ -10,12 +10,12 @@ from pathlib import Path
 import numpy as np
 import torch
 from codec import Codec
-from corpus import WEAK_WORDS, front_end
+from corpus import WEAK_WORDS
 
 from declaim.engine import Engine, EngineConfig, SamplingParams, SpeechRequest
 from declaim.engine.loader import EMBEDDED_FOLDER
 from declaim.engine.models.lark import LarkModel
-from declaim.engine.phonemes import LETTER_TO_SOUND_FILE
+from declaim.engine.phonemes import LETTER_TO_SOUND_FILE, Phonemizer
 
 TEST_SENTENCE = "The birch canoe slid on the smooth planks."
 TEST_FRAMES = 90
@@ -67,7 +67,7 @@ def write_vectors(folder: Path) -> None:
         durations_s=durations_s,
         greedy_codes=result.codes.astype(np.int16),
     )
-    spoken = {"text": TEST_SENTENCE, "phonemes": front_end().phonemes(TEST_SENTENCE)}
+    spoken = {"text": TEST_SENTENCE, "phonemes": Phonemizer.load(folder).phonemes(TEST_SENTENCE)}
     (folder / "test_vector.json").write_text(json.dumps(spoken, ensure_ascii=False), encoding="utf-8")
     codes = torch.from_numpy(np.resize(result.codes, (TEST_FRAMES, codec.shape.num_codebooks)).astype(np.int64))
     with torch.no_grad():

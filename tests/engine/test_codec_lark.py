@@ -77,18 +77,27 @@ def test_every_window_with_its_context_equals_the_whole(
         torch.testing.assert_close(trimmed, window, rtol=0.0, atol=2e-6)
 
 
-def test_seventeen_frames_of_context_are_exact_ten_are_close_and_four_are_not(codec: LarkCodec) -> None:
+def test_seventeen_frames_before_are_exact_ten_are_close_and_four_after_are_all_it_hears(codec: LarkCodec) -> None:
     generator = torch.Generator().manual_seed(1)
     codes = torch.randint(0, 1024, (1, codec.spec.num_codebooks, 60), generator=generator)
     hop, whole = codec.spec.hop, codec.decode(codes)[0]
 
-    def error(context: int) -> float:
-        window = codec.decode(codes[:, :, 30 - context : 31 + context])[0]
-        return float((window[context * hop : (context + 1) * hop] - whole[30 * hop : 31 * hop]).abs().max())
+    def error(left: int, right: int) -> float:
+        window = codec.decode(codes[:, :, 30 - left : 31 + right])[0]
+        return float((window[left * hop : (left + 1) * hop] - whole[30 * hop : 31 * hop]).abs().max())
 
-    assert error(17) < 2e-6
-    assert error(codec.spec.right) < 1e-4
-    assert error(4) > 1e-4
+    assert error(17, 4) < 2e-6
+    assert error(codec.spec.left, codec.spec.right) < 1e-4
+    assert error(4, 4) > 1e-4
+    assert error(17, 2) > 1e-5
+
+
+def test_a_codec_that_does_not_say_its_context_takes_ten_frames_each_side(tmp_path: Path) -> None:
+    folder = _copy(tmp_path)
+    first_version = {name: value for name, value in CONFIG.items() if not name.endswith("_context")}
+    (folder / "config.json").write_text(json.dumps(first_version))
+    spec = _load(folder).spec
+    assert (spec.left, spec.right) == (10, 10)
 
 
 def test_an_items_samples_are_the_same_bits_in_any_batch_and_on_every_call(codec: LarkCodec) -> None:
@@ -186,7 +195,7 @@ def test_the_spec_is_what_config_json_says(codec: LarkCodec) -> None:
     spec = codec.spec
     assert (spec.sample_rate_hz, spec.hop) == (config["sampling_rate"], config["hop_length"])
     assert (spec.num_codebooks, spec.codebook_size) == (config["num_codebooks"], config["codebook_size"])
-    assert (spec.left, spec.right) == (10, 10)
+    assert (spec.left, spec.right) == (config["left_context"], config["right_context"]) == (10, 4)
     assert codec.device == torch.device("cpu")
 
 
@@ -237,7 +246,8 @@ def test_every_config_key_is_needed_and_named_when_missing_or_wrong(tmp_path: Pa
     config = CONFIG
     path = tmp_path / "config.json"
     without = {name: value for name, value in config.items() if name != key}
-    for broken in (without, config | {key: "many"}, config | {key: True}):
+    wrong = (config | {key: "many"}, config | {key: True})
+    for broken in wrong if key.endswith("_context") else (without, *wrong):
         path.write_text(json.dumps(broken))
         with pytest.raises(ModelLoadError, match=rf"config\.json.*{key}"):
             _load(tmp_path)
