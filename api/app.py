@@ -88,7 +88,7 @@ def create_app(
     settings: ApiSettings | None = None,
     workers: Executor | None = None,
     routers: Iterable[APIRouter] = (),
-) -> ASGIApp:
+) -> AccessLayer:
     """Build the application; its lifespan starts `serving` and closes it.
 
     gate: None lets everybody in. voices: None knows the model's own. workers: threads that encode, shut down with it;
@@ -128,7 +128,7 @@ def create_app(
         )
     )
     app.include_router(_build_models_router(serving, gate, is_public=settings.public_listings))
-    app.include_router(_build_health_router(serving, metrics))
+    app.include_router(_build_health_router(serving, metrics, cache))
     for router in routers:
         app.include_router(router)
     return AccessLayer(_for_browsers(app, settings), metrics)
@@ -191,7 +191,7 @@ def _build_models_router(serving: Serving, gate: Gate, *, is_public: bool) -> AP
     return router
 
 
-def _build_health_router(serving: Serving, metrics: ServerMetrics) -> APIRouter:
+def _build_health_router(serving: Serving, metrics: ServerMetrics, cache: ResultCache | None) -> APIRouter:
     router = APIRouter()
 
     @router.head("/", include_in_schema=False)
@@ -222,6 +222,8 @@ def _build_health_router(serving: Serving, metrics: ServerMetrics) -> APIRouter:
     @router.get("/metrics")
     def scrape() -> Response:
         """Prometheus text; in a worker thread, since it asks the engine."""
+        if cache is not None:
+            metrics.cache_bytes.set(cache.num_bytes)
         return Response(metrics.text(), media_type=CONTENT_TYPE_LATEST)
 
     return router

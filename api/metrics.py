@@ -95,6 +95,12 @@ class ServerMetrics:
             registry=self._registry,
         )
         self.cached = Counter("declaim_cached_answers", "Answers that cost the engine nothing", registry=self._registry)
+        self.cache_bytes = Gauge(
+            "declaim_cache_bytes",
+            "What the cached answers take on disk",
+            registry=self._registry,
+            multiprocess_mode="livemax",
+        )
         self.audio_s = Counter("declaim_audio_seconds", "Audio handed to clients", registry=self._registry)
 
     def add(self, *collectors: Collector) -> None:

@@ -22,7 +22,6 @@ from typing import NoReturn
 import uvicorn
 from starlette.types import ASGIApp
 
-from declaim.api.access import AccessLayer
 from declaim.api.app import create_app
 from declaim.api.deepgram import build_deepgram_router
 from declaim.api.gate import Gate, OpenGate
@@ -127,8 +126,6 @@ def serving_app(serving: Serving, database: Database, options: ServerOptions, *,
             workers=workers,
             routers=routers,
         )
-        if not isinstance(app, AccessLayer):
-            raise TypeError(f"create_app made a {type(app).__name__}, which has no metrics")
         app.metrics.add(*counts.collectors, open_sockets)
         # A session speaks one utterance at a time.
         yield ServedApp(app, lambda: places.num_open - live_gate.num_open)

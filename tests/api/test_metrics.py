@@ -202,6 +202,7 @@ def test_cache_hits_and_misses_are_counted(tmp_path: Path) -> None:
         values = scrape(address)
     assert values["declaim_cached_answers_total"] == 2 and values["declaim_cache_misses_total"] == 1
     assert values["declaim_ttfa_seconds_count"] == 1 and values["declaim_real_time_factor_count"] == 1
+    assert values["declaim_cache_bytes"] == sum(path.stat().st_size for path in tmp_path.glob("cache/*/*")) > 0
 
 
 @pytest.fixture(scope="module")
