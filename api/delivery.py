@@ -18,6 +18,8 @@ from declaim.api.metrics import ServerMetrics
 from declaim.api.rendering import Part, PartStream
 from declaim.engine.errors import DeclaimError, EngineError
 
+# A browser throws away what it has not read when the connection breaks: a failure that is told gets so long to be read.
+_LAST_WORD_S = 0.1
 _STREAM_HEADERS = {"cache-control": "no-cache", "x-accel-buffering": "no"}
 
 
@@ -193,7 +195,10 @@ class StreamedSpeech(Response):
             raise
         except DeclaimError as error:
             record.error = str(error)
-            await _send_part(send, self._framing.failure(error))
+            last_word = self._framing.failure(error)
+            await _send_part(send, last_word)
+            if last_word:
+                await asyncio.sleep(_LAST_WORD_S)
         finally:
             self._account.close()
             await self._listening.close()

@@ -357,7 +357,7 @@ def serving(folder: Path, engine: FakeEngine) -> Iterator[str]:
 
 
 def test_a_stream_that_breaks_is_told_and_its_beginning_kept(browser: Any, downloads: Path, tmp_path: Path) -> None:
-    engine = Actor(Script(num_chunks=4, fail_after=3, failure=SequenceFailed("the voice broke")))
+    engine = Actor(Script(num_chunks=4, fail_after=3, delay_s=0.2, failure=SequenceFailed("the voice broke")))
     with serving(tmp_path, engine) as url:
         page = Page(browser, downloads, url).open()
         page["speak"].click()
