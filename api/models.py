@@ -208,7 +208,11 @@ def _family(folder: Path) -> str | None:
         config = json.loads((folder / "config.json").read_bytes())
     except (OSError, ValueError):
         return None
-    return FAMILIES.get(str(config.get("model_type"))) if isinstance(config, dict) else None
+    from declaim.engine.parts import is_zonos
+
+    if not isinstance(config, dict):
+        return None
+    return "zonos" if is_zonos(config) else FAMILIES.get(str(config.get("model_type")))
 
 
 def _precision(folder: Path) -> str:

@@ -19,6 +19,7 @@ from safetensors.numpy import save
 from typer.testing import CliRunner, Result
 
 from declaim.api.cli import build_cli
+from declaim.api.models import _family
 from declaim.engine import InvalidConfig
 from declaim.engine.hub import Hub
 from declaim.engine.progress import Progress
@@ -196,3 +197,19 @@ def test_quantize_hands_on_its_options_and_says_what_it_saved(
     assert out in result.stdout and "before" in result.stdout and "--model" in result.stdout
     check_failed(CliRunner().invoke(cli, ["quantize", "lark", "-o", out, "--group-size", "7"]), 2, "group_size is 7")
     check_failed(CliRunner().invoke(cli, ["quantize", str(tmp_path / "gone"), "-o", out]), 2, "no folder")
+
+
+@pytest.mark.parametrize(
+    ("config", "family"),
+    [
+        ({"model_type": "dia"}, "dia"),
+        ({"backbone": {}, "prefix_conditioner": {}}, "zonos"),
+        ({"model_type": "llama"}, None),
+        ([1], None),
+    ],
+)
+def test_a_folder_is_of_the_family_that_its_config_describes(
+    config: object, family: str | None, tmp_path: Path
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    assert _family(tmp_path) == family
