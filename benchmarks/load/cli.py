@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import platform
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Literal, NoReturn
 
@@ -35,7 +36,13 @@ def serve(
     search: Annotated[
         bool, typer.Option("--sweep", help="Search the highest rate that holds the objective, from --rate up.")
     ] = False,
+    saturation: Annotated[
+        bool, typer.Option("--saturation", help="--sweep, then 70 % and 150 % of that rate, and a verdict.")
+    ] = False,
     num: Annotated[int, typer.Option(min=1, max=1_000_000, help="Requests, in each run of a sweep.")] = 50,
+    seconds: Annotated[
+        float | None, typer.Option(min=0.1, help="In a sweep, instead of --num: as many as come in so long.")
+    ] = None,
     burstiness: Annotated[
         float, typer.Option(min=0.0, max=100.0, help="0 even gaps, 1 Poisson, more in bursts.")
     ] = 1.0,
@@ -62,7 +69,7 @@ def serve(
         # Not before they are needed: they are slow to import, and an extra of their own.
         from declaim.load.client import Target
         from declaim.load.report import Run, write_report
-        from declaim.load.runs import print_runs, run, sweep
+        from declaim.load.runs import Arrivals, Claim, highest_rate, print_claims, print_runs, run, saturate, sweep
         from declaim.load.summary import Objective
     except ImportError as error:
         _exit_with(f"{error.name} is not installed: pip install 'declaim[bench]'")
@@ -84,15 +91,22 @@ def serve(
         )
         if sum(choice is not None for choice in (rate, concurrency, trace_file)) != 1:
             raise WorkloadError("give one of --rate, --concurrency and --trace")
-        if search and rate is None:
-            raise WorkloadError("--sweep searches a rate: give --rate to begin with")
+        if (search or saturation) and rate is None:
+            option = "--saturation" if saturation else "--sweep"
+            raise WorkloadError(f"{option} searches a rate: give --rate to begin with")
+        if seconds is not None and not (search or saturation):
+            raise WorkloadError("--seconds is for --sweep and --saturation: give --num")
         jobs = trace(trace_file, texts, tenants, seed=seed) if trace_file is not None else []
     except WorkloadError as error:
         _exit_with(str(error))
     objective = Objective(first_audio_ms / 1000, buffer_ms / 1000, share)
+    arrivals = Arrivals(texts, tenants, num, burstiness, seed, seconds)
     runs: list[Run] = []
-    if search and rate is not None:
-        runs = sweep(target, texts, tenants, objective, begin_per_s=rate, num=num, burstiness=burstiness, seed=seed)
+    claims: list[Claim] = []
+    if saturation and rate is not None:
+        runs, claims = saturate(target, arrivals, objective, begin_per_s=rate)
+    elif search and rate is not None:
+        runs = sweep(target, arrivals, objective, begin_per_s=rate)
     elif rate is not None:
         jobs = open_loop(texts, tenants, rate_per_s=rate, num_jobs=num, burstiness=burstiness, seed=seed)
         runs = [run(target, jobs, objective, label=f"{rate:g} requests/s", offered_per_s=rate)]
@@ -103,9 +117,9 @@ def serve(
         offered = len(jobs) / max(jobs[-1].at_s or 0.0, 1e-9)
         runs = [run(target, jobs, objective, label=str(trace_file), offered_per_s=offered)]
     print_runs(runs)
-    highest = max((run.offered_per_s or 0.0 for run in runs if run.summary.holds_objective), default=0.0)
-    if search:
-        typer.echo(f"the highest rate that holds the objective: {highest:.3g} requests/s")
+    if search or saturation:
+        typer.echo(f"the highest rate that holds the objective: {highest_rate(runs):.3g} requests/s")
+    print_claims(claims)
     facts = [
         f"{target.url}, model {model}, voice {voice}, {protocol}, {response_format}",
         f"{time.strftime('%Y-%m-%d %H:%M')} on {platform.node()} ({platform.machine()})",
@@ -114,12 +128,16 @@ def serve(
     ]
     if report is not None:
         typer.echo(f"written: {write_report(report, 'Load test of a speech server', facts, runs)}")
-    result = {"facts": facts, "runs": [{"label": r.label, **r.summary.as_dict()} for r in runs]}
-    if search:
-        result["highest_rate_per_s"] = highest
+    result: dict[str, object] = {"facts": facts, "runs": [{"label": r.label, **r.summary.as_dict()} for r in runs]}
+    if search or saturation:
+        result["highest_rate_per_s"] = highest_rate(runs)
+    if saturation:
+        result["claims"] = [asdict(claim) for claim in claims]
     typer.echo(json.dumps(result))
     if not any(run.summary.num_whole for run in runs):
         _exit_with("no request came back whole: is the server up, and the key right?", code=1)
+    if not all(claim.holds for claim in claims):
+        raise typer.Exit(1)
 
 
 def _parse_extra(value: str) -> dict[str, object]:

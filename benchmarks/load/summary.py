@@ -13,6 +13,7 @@ from declaim.load.playback import underruns
 
 PERCENTILES = (50, 90, 95, 99)
 BUFFERS_S = (0.0, 0.1, 0.2)
+REFUSALS = ("http 429", "http 503")
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,13 +62,14 @@ class TenantSummary:
 class Summary:
     """One run. Seconds everywhere; *_per_s over the time from the first sending to the last end.
 
-    lag_s: how late the tester itself sent. refusal_s: how long a refusal (429, 503) took to come.
+    lag_s: how late the tester itself sent. num_refused: answers 429 and 503; refusal_s: how long they took to come.
     underruns: by seconds of buffer, the share of whole streams that ran dry at least once.
     fairness: Jain's index of delivered audio over expected share; 1 is even.
     """
 
     num_requests: int
     num_whole: int
+    num_refused: int
     wall_s: float
     requests_per_s: float
     audio_s_per_s: float
@@ -109,6 +111,7 @@ def summarize(outcomes: Sequence[Outcome], objective: Objective) -> Summary:
     """Outcomes in any order, at least one."""
     whole = [outcome for outcome in outcomes if outcome.error is None]
     good = [outcome for outcome in whole if is_good(outcome, objective)]
+    refused = [o for o in outcomes if o.error is not None and o.error.startswith(REFUSALS)]
     begin_s = min(outcome.sent_s for outcome in outcomes)
     wall_s = max(max(outcome.ended_s for outcome in outcomes) - begin_s, 1e-9)
     dry = {
@@ -121,6 +124,7 @@ def summarize(outcomes: Sequence[Outcome], objective: Objective) -> Summary:
     return Summary(
         num_requests=len(outcomes),
         num_whole=len(whole),
+        num_refused=len(refused),
         wall_s=wall_s,
         requests_per_s=len(whole) / wall_s,
         audio_s_per_s=sum(o.listener.audio_s for o in whole) / wall_s,
@@ -132,9 +136,7 @@ def summarize(outcomes: Sequence[Outcome], objective: Objective) -> Summary:
         rtf=Distribution.of(o.rtf for o in whole),
         gap_s=Distribution.of(gap for o in whole for gap in o.listener.gaps_s()),
         lag_s=Distribution.of(o.sent_s - o.job.at_s for o in outcomes if o.job.at_s is not None),
-        refusal_s=Distribution.of(
-            o.wall_s for o in outcomes if o.error is not None and o.error.startswith(("http 429", "http 503"))
-        ),
+        refusal_s=Distribution.of(o.wall_s for o in refused),
         underruns=dry,
         errors=dict(Counter(o.error for o in outcomes if o.error is not None).most_common()),
         tenants=tuple(
