@@ -32,8 +32,9 @@ from declaim.engine import Engine, EngineConfig, SamplingParams, SpeechRequest
 from declaim.engine.config import Int4Recipe
 from declaim.engine.loader import EMBEDDED_FOLDER
 from declaim.engine.models import layers
-from declaim.engine.models.base import StepContext
+from declaim.engine.models.base import PromptSettings, StepContext
 from declaim.engine.models.lark import LarkModel
+from declaim.engine.request import EncodedVoice
 from declaim.engine.sequence import Prompt
 from declaim.engine.spec import ModelSpec
 from declaim.engine.text import TextOptions
@@ -136,14 +137,14 @@ def _logits(model: LarkModel, prompt: Prompt, rows: torch.Tensor, durations_s: t
 def _cases(engine: Engine, reference: LarkModel, count: int) -> list[Case]:
     greedy = SamplingParams(temperature=0.0)
     sampling = greedy.resolve(engine.spec.sampling.defaults)
-    none = np.zeros((0, engine.spec.rule.num_codebooks), np.int32)
+    settings = PromptSettings(sampling, EncodedVoice.none(engine.spec.rule.num_codebooks))
     requests = [SpeechRequest(text, sampling=greedy) for text in SENTENCES[:count]]
     cases = []
     for request, result in zip(requests, engine.generate(requests, progress=False), strict=True):
         if result.error is not None:
             raise result.error
         (segment,) = reference.segments(request.text, TextOptions())
-        prompt = reference.tokenize(segment.text, voice_text="", voice_codes=none, sampling=sampling, speed=1.0)
+        prompt = reference.tokenize(segment, settings)
         rows, is_code = _grid(torch.from_numpy(result.codes.astype(np.int64)), engine.spec, pad=reference._config.pad)
         durations_s = reference.durations_s(prompt)
         logits = _logits(reference, prompt, rows, durations_s)

@@ -30,9 +30,12 @@ import torch
 from numpy.typing import NDArray
 
 from declaim.engine import Engine, EngineConfig, SamplingParams, SpeechRequest
+from declaim.engine.models.base import PromptSettings
 from declaim.engine.models.lark import MAX_SEGMENT_CHARS, LarkModel
+from declaim.engine.request import EncodedVoice
 from declaim.engine.text import clean_text, normalize_english, segment
 from declaim.engine.voices import resample
+from declaim.engine.words import Segment
 
 QUESTION = "How well does the embedded voice speak?"
 HERE = Path(__file__).parent
@@ -214,14 +217,11 @@ def beginnings(texts: Sequence[str], count: int) -> list[str]:
 
 def length_ratios(model: LarkModel, teacher: Callable[[str, int], Audio], texts: Sequence[str]) -> list[float]:
     """The voice's seconds by the teacher's, for each text. A voice of this family knows them before it begins."""
-    none = np.zeros((0, model.spec.rule.num_codebooks), np.int32)
     sampling = SamplingParams().resolve(model.spec.sampling.defaults)
+    settings = PromptSettings(sampling, EncodedVoice.none(model.spec.rule.num_codebooks))
     ratios = []
     for seed, text in enumerate(texts):
-        prompts = (
-            model.tokenize(piece, voice_text="", voice_codes=none, sampling=sampling, speed=1.0)
-            for piece in spoken_pieces(text)
-        )
+        prompts = (model.tokenize(Segment(piece), settings) for piece in spoken_pieces(text))
         seconds = sum(float(model.durations_s(prompt).sum()) for prompt in prompts)
         ratios.append(seconds / (len(teacher(text, seed)) / SAMPLE_RATE_HZ))
     return ratios

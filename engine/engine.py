@@ -60,7 +60,7 @@ from declaim.engine.memory import (
     plan_memory,
     probe_device,
 )
-from declaim.engine.models.base import SpeechModel
+from declaim.engine.models.base import PromptSettings, SpeechModel
 from declaim.engine.parts import describe_model
 from declaim.engine.progress import Progress, ignore_progress
 from declaim.engine.request import (
@@ -85,6 +85,7 @@ from declaim.engine.text import TextOptions
 from declaim.engine.threads import one_thread
 from declaim.engine.vocoder.base import Vocoder, Wake, WorkerPool
 from declaim.engine.vocoder.inline import InlineVocoder
+from declaim.engine.words import Segment
 from declaim.kernels import backend
 
 log = logging.getLogger(__name__)
@@ -357,21 +358,17 @@ class Engine:
         options = TextOptions(request.language, request.normalize, Lexicon.of(request.lexicon))
         segments = self._model.segments(request.text, options)
         guards = tuple(Guard.of(segment.text, self.spec, speed=request.speed) for segment in segments)
-        prompts = tuple(
-            self._model.tokenize(
-                segment.text,
-                voice_text=voice.transcript,
-                voice_codes=voice.codes,
-                sampling=resolved,
-                speed=request.speed,
-                language=request.language,
-                controls=request.controls,
-                embedding=voice.embedding,
-                voice_name=self._own_voice(request.voice),
-                words=segment.words if request.word_timestamps else (),
-            )
-            for segment in segments
+        if not request.word_timestamps:
+            segments = [Segment(segment.text) for segment in segments]
+        settings = PromptSettings(
+            resolved,
+            voice,
+            voice_name=self._own_voice(request.voice),
+            speed=request.speed,
+            language=request.language,
+            controls=request.controls,
         )
+        prompts = tuple(self._model.tokenize(segment, settings) for segment in segments)
         prompts = tuple(
             prompt if guard is None else guard.limit(prompt) for prompt, guard in zip(prompts, guards, strict=True)
         )
@@ -462,7 +459,7 @@ class Engine:
     def _voice_of(self, request: SpeechRequest) -> EncodedVoice:
         voice = request.voice
         if voice is None or voice in ("default", self.model_name, *self.spec.voices):
-            return EncodedVoice("", self._no_codes())
+            return EncodedVoice.none(self.spec.rule.num_codebooks)
         if isinstance(voice, EncodedVoice):
             self._check_voice(voice)
             return voice

@@ -136,6 +136,11 @@ class EncodedVoice:
     codes: NDArray[np.int32]
     embedding: NDArray[np.float32] | None = None
 
+    @classmethod
+    def none(cls, num_codebooks: int) -> EncodedVoice:
+        """The model's own voice: no frames, no words."""
+        return cls("", np.zeros((0, num_codebooks), dtype=np.int32))
+
 
 @dataclass(frozen=True, slots=True)
 class SpeechRequest:

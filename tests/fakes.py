@@ -6,16 +6,14 @@ unconditional logits, min-p and a repetition penalty over two rows.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from declaim.engine.errors import InvalidRequest
-from declaim.engine.models.base import Prefill, StepContext
+from declaim.engine.models.base import Prefill, PromptSettings, StepContext
 from declaim.engine.models.layers import AttentionShape, AttentionWeights, MlpWeights, mlp, self_attention
-from declaim.engine.request import ControlValue, ResolvedSampling
 from declaim.engine.sequence import Prompt
 from declaim.engine.spec import (
     AllowedIds,
@@ -34,7 +32,7 @@ from declaim.engine.spec import (
 )
 from declaim.engine.text import TextOptions
 from declaim.engine.vocoder.base import DecodedWindow, Wake, Window, decode_window
-from declaim.engine.words import Segment, WordSpan
+from declaim.engine.words import Segment
 from declaim.kernels.codebooks import codebook_embedding
 from declaim.kernels.linear import linear, pack_linear
 from declaim.kernels.norm import rms_norm
@@ -111,29 +109,16 @@ class FakeModel:
             raise InvalidRequest("text is empty", param="text")
         return [Segment(piece) for piece in text.split("|")]
 
-    def tokenize(
-        self,
-        text: str,
-        *,
-        voice_text: str,
-        voice_codes: NDArray[np.int32],
-        sampling: ResolvedSampling,
-        speed: float,
-        language: str | None = None,
-        controls: Mapping[str, ControlValue] | None = None,
-        embedding: NDArray[np.float32] | None = None,
-        voice_name: str | None = None,
-        words: tuple[WordSpan, ...] = (),
-    ) -> Prompt:
-        text_ids = tuple(text.encode())
+    def tokenize(self, segment: Segment, settings: PromptSettings) -> Prompt:
+        text_ids, sampling = tuple(segment.text.encode()), settings.sampling
         return Prompt(
             text_ids=text_ids,
             prefix_len=len(text_ids) + 1,
             cross_len=0,
-            prompt_frames=voice_codes,
+            prompt_frames=settings.voice.codes,
             max_frames=max(1, int(sampling.max_seconds * FAKE_CODEC.frame_rate_hz + 1e-6)),
             num_branches=1 if sampling.guidance_scale == 1.0 else 2,
-            speed=speed,
+            speed=settings.speed,
         )
 
     def prepare(self, prompt: Prompt) -> Prefill:

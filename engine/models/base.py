@@ -6,19 +6,19 @@ A family never sees blocks, batches or other requests; the engine never sees a f
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from declaim.engine.request import ControlValue, ResolvedSampling
+from declaim.engine.request import ControlValue, EncodedVoice, ResolvedSampling
 from declaim.engine.sequence import Prompt
 from declaim.engine.spec import ModelSpec
 from declaim.engine.states import LayerState
 from declaim.engine.text import TextOptions
-from declaim.engine.words import Segment, WordSpan
+from declaim.engine.words import Segment
 from declaim.kernels.attention import AttentionPlan
 from declaim.kernels.mamba import StatePlan
 
@@ -39,6 +39,22 @@ class Prefill:
     cross: tuple[tuple[torch.Tensor, torch.Tensor], ...] = ()
     num_frames: int | None = None
     durations_s: NDArray[np.float32] | None = None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PromptSettings:
+    """How a request wants to be spoken, the same for all its segments.
+
+    voice: its codes are [P, Q], P = 0 without a voice prompt. voice_name: one of `spec.voices`.
+    controls: those of `spec.controls` that the request sets.
+    """
+
+    sampling: ResolvedSampling
+    voice: EncodedVoice
+    voice_name: str | None = None
+    speed: float = 1.0
+    language: str | None = None
+    controls: Mapping[str, ControlValue] = field(default_factory=dict)
 
 
 LayerCache = tuple[torch.Tensor, torch.Tensor]
@@ -92,25 +108,9 @@ class SpeechModel(Protocol):
         """
         ...
 
-    def tokenize(
-        self,
-        text: str,
-        *,
-        voice_text: str,
-        voice_codes: NDArray[np.int32],
-        sampling: ResolvedSampling,
-        speed: float,
-        language: str | None = None,
-        controls: Mapping[str, ControlValue] | None = None,
-        embedding: NDArray[np.float32] | None = None,
-        voice_name: str | None = None,
-        words: tuple[WordSpan, ...] = (),
-    ) -> Prompt:
-        """Make one segment's prompt; cheap, on the caller's thread.
+    def tokenize(self, segment: Segment, settings: PromptSettings) -> Prompt:
+        """Make one segment's prompt; cheap, on the caller's thread. A family that can time words times the segment's.
 
-        voice_text and voice_codes ([P, Q], P = 0 without a voice) are what the voice prompt says and its frames,
-        embedding what a speaker encoder made of it; voice_name one of `spec.voices`. controls: those of `spec.controls`
-        that the request sets. words: those to be timed; a family that can puts them into the prompt.
         Raises: InvalidRequest, TooLong.
         """
         ...

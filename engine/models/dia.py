@@ -17,14 +17,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from declaim.engine.checkpoint import Checkpoint
 from declaim.engine.config import Int4Recipe
 from declaim.engine.errors import InvalidRequest, ModelLoadError, TooLong
-from declaim.engine.models.base import Prefill, StepContext
+from declaim.engine.models.base import Prefill, PromptSettings, StepContext
 from declaim.engine.models.layers import (
     AttentionShape,
     AttentionWeights,
@@ -34,7 +32,6 @@ from declaim.engine.models.layers import (
     mlp,
     swiglu,
 )
-from declaim.engine.request import ControlValue, ResolvedSampling
 from declaim.engine.safetensors_io import read_json
 from declaim.engine.sequence import Prompt
 from declaim.engine.spec import (
@@ -223,39 +220,27 @@ class DiaModel:
         transcripts as they are written, so it reads numbers itself."""
         return speak(text, options, language=None, max_chars=self._config.max_text_bytes, max_segment_chars=None)
 
-    def tokenize(
-        self,
-        text: str,
-        *,
-        voice_text: str,
-        voice_codes: NDArray[np.int32],
-        sampling: ResolvedSampling,
-        speed: float,
-        language: str | None = None,
-        controls: Mapping[str, ControlValue] | None = None,
-        embedding: NDArray[np.float32] | None = None,
-        voice_name: str | None = None,
-        words: tuple[WordSpan, ...] = (),
-    ) -> Prompt:
+    def tokenize(self, segment: Segment, settings: PromptSettings) -> Prompt:
         config = self._config
-        before = f"{clean_text(voice_text)} " if voice_text else ""
-        text_ids = encode_text(before + text)
+        voice, sampling = settings.voice, settings.sampling
+        before = f"{clean_text(voice.transcript)} " if voice.transcript else ""
+        text_ids = encode_text(before + segment.text)
         if len(text_ids) > config.max_text_bytes:
             raise TooLong(
                 f"text takes {len(text_ids)} bytes (voice transcript included), and this model reads"
                 f" {config.max_text_bytes}: send it in parts",
                 param="text",
             )
-        if speed != 1.0:
+        if settings.speed != 1.0:
             raise InvalidRequest(
-                f"speed is {speed}: this model speaks at its own pace only; leave it at 1", param="speed"
+                f"speed is {settings.speed}: this model speaks at its own pace only; leave it at 1", param="speed"
             )
         # One row before the first frame, one more for the end, and what drains after it.
-        most = config.max_positions - 1 - self.spec.rule.num_drain_rows - len(voice_codes)
+        most = config.max_positions - 1 - self.spec.rule.num_drain_rows - len(voice.codes)
         max_frames = min(int(sampling.max_seconds * self.spec.codec.frame_rate_hz + 1e-6), most)
         if max_frames < 1:
             raise TooLong(
-                f"max_seconds {sampling.max_seconds:g} and a voice prompt of {len(voice_codes)} frames leave no room to"
+                f"max_seconds {sampling.max_seconds:g} and a voice prompt of {len(voice.codes)} frames leave no room to"
                 f" speak: a model of {config.max_positions} positions needs a shorter prompt, or max_seconds of at"
                 f" least {1 / self.spec.codec.frame_rate_hz:.3f}",
                 param="max_seconds",
@@ -264,11 +249,11 @@ class DiaModel:
             text_ids=tuple(text_ids),
             prefix_len=0,
             cross_len=len(text_ids),
-            prompt_frames=voice_codes,
+            prompt_frames=voice.codes,
             max_frames=max_frames,
             num_branches=1 if sampling.guidance_scale == 1.0 else 2,
-            speed=speed,
-            words=tuple(_timed(text, words, num_before=len(encode_text(before)))),
+            speed=settings.speed,
+            words=tuple(_timed(segment.text, segment.words, num_before=len(encode_text(before)))),
         )
 
     @torch.inference_mode()

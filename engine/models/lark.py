@@ -9,7 +9,6 @@ engine/assets/lark/README.md.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 from collections.abc import Sequence as Items
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,12 +16,11 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from numpy.typing import NDArray
 
 from declaim.engine.checkpoint import Checkpoint
 from declaim.engine.config import Int4Recipe
 from declaim.engine.errors import InvalidRequest, ModelLoadError, TooLong, VoiceNotFound
-from declaim.engine.models.base import Prefill, StepContext
+from declaim.engine.models.base import Prefill, PromptSettings, StepContext
 from declaim.engine.models.layers import (
     AttentionShape,
     AttentionWeights,
@@ -33,7 +31,6 @@ from declaim.engine.models.layers import (
     swiglu,
 )
 from declaim.engine.phonemes import Phonemizer
-from declaim.engine.request import ControlValue, ResolvedSampling
 from declaim.engine.safetensors_io import read_integer, read_json, read_number
 from declaim.engine.sequence import Prompt
 from declaim.engine.spec import (
@@ -287,21 +284,9 @@ class LarkModel:
             for piece in _spoken(turn, options)
         ]
 
-    def tokenize(
-        self,
-        text: str,
-        *,
-        voice_text: str,
-        voice_codes: NDArray[np.int32],
-        sampling: ResolvedSampling,
-        speed: float,
-        language: str | None = None,
-        controls: Mapping[str, ControlValue] | None = None,
-        embedding: NDArray[np.float32] | None = None,
-        voice_name: str | None = None,
-        words: tuple[WordSpan, ...] = (),
-    ) -> Prompt:
-        if len(voice_codes):
+    def tokenize(self, segment: Segment, settings: PromptSettings) -> Prompt:
+        sampling, text, words = settings.sampling, segment.text, segment.words
+        if len(settings.voice.codes):
             raise InvalidRequest(
                 "this model cannot imitate a voice: leave voice out, or name one of its own:"
                 f" {', '.join(self.spec.voices)}",
@@ -311,7 +296,7 @@ class LarkModel:
         if turn is not None:
             text = text[turn.end() :]
             words = tuple(_shifted(word, -turn.end()) for word in words)
-        speaker = self._speaker(voice_name, turn=int(turn.group(1)) if turn is not None else 1)
+        speaker = self._speaker(settings.voice_name, turn=int(turn.group(1)) if turn is not None else 1)
         text_ids = (speaker.byte, *self._phonemizer.encode(text)[1:])
         if len(text_ids) > self._config.max_text_length:
             raise TooLong(
@@ -331,10 +316,10 @@ class LarkModel:
             text_ids=text_ids,
             prefix_len=0,
             cross_len=0,
-            prompt_frames=voice_codes,
+            prompt_frames=settings.voice.codes,
             max_frames=max_frames,
             num_branches=1,
-            speed=speed,
+            speed=settings.speed,
             words=self._timed(text, text_ids, words),
         )
 

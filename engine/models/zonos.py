@@ -12,9 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from safetensors import safe_open
 
 from declaim.engine.checkpoint import Checkpoint, shard_names
@@ -22,7 +20,7 @@ from declaim.engine.config import Int4Recipe
 from declaim.engine.controls import resolve_controls
 from declaim.engine.errors import InvalidRequest, ModelLoadError, TooLong
 from declaim.engine.espeak import EspeakPhonemizer
-from declaim.engine.models.base import Prefill, StepContext
+from declaim.engine.models.base import Prefill, PromptSettings, StepContext
 from declaim.engine.models.layers import (
     AttentionShape,
     AttentionWeights,
@@ -43,7 +41,6 @@ from declaim.engine.models.zonos_conditioning import (
     encode_phonemes,
     find_language,
 )
-from declaim.engine.request import ControlValue, ResolvedSampling
 from declaim.engine.safetensors_io import read_json
 from declaim.engine.sequence import Prompt
 from declaim.engine.spec import (
@@ -62,7 +59,7 @@ from declaim.engine.spec import (
     TopP,
 )
 from declaim.engine.text import TextOptions, clean_text, speak
-from declaim.engine.words import Segment, WordSpan
+from declaim.engine.words import Segment
 from declaim.kernels.codebooks import codebook_embedding
 from declaim.kernels.linear import Linear, linear, pack_linear
 from declaim.kernels.norm import add_layer_norm
@@ -260,30 +257,19 @@ class ZonosModel:
         rules = "en" if language.startswith("en") else "zh" if language in ("cmn", "yue", "hak") else None
         return speak(text, options, language=rules, max_chars=MAX_TEXT_CHARS, max_segment_chars=MAX_SEGMENT_CHARS)
 
-    def tokenize(
-        self,
-        text: str,
-        *,
-        voice_text: str,
-        voice_codes: NDArray[np.int32],
-        sampling: ResolvedSampling,
-        speed: float,
-        language: str | None = None,
-        controls: Mapping[str, ControlValue] | None = None,
-        embedding: NDArray[np.float32] | None = None,
-        voice_name: str | None = None,
-        words: tuple[WordSpan, ...] = (),
-    ) -> ZonosPrompt:
+    def tokenize(self, segment: Segment, settings: PromptSettings) -> ZonosPrompt:
         """Make one segment's prompt.
 
         A voice with a transcript is continued from its frames. One without is known by its embedding, and only where
         it has none by its frames.
-        language: an ISO 639-1 code or a tag of LANGUAGES; None is American English. controls: as `ModelSpec.controls`.
-        embedding: float32 [128], what the speaker encoder made of the voice.
+        language: an ISO 639-1 code or a tag of LANGUAGES; None is American English.
+        embedding of the voice: float32 [128], what the speaker encoder made of it.
         Raises: InvalidRequest, TooLong; ModelLoadError if espeak-ng is not installed.
         """
         config = self._config
-        spoken = _check_language(language)
+        sampling, speed = settings.sampling, settings.speed
+        voice_text, voice_codes, embedding = settings.voice.transcript, settings.voice.codes, settings.voice.embedding
+        spoken = _check_language(settings.language)
         if embedding is not None and embedding.shape != (SPEAKER_SIZE,):
             raise InvalidRequest(
                 f"the voice's embedding has shape {list(embedding.shape)}: this model takes [{SPEAKER_SIZE}]; encode"
@@ -298,12 +284,12 @@ class ZonosModel:
             voice_codes = voice_codes[:0]
         conditions = conditions_of(
             config.prefix,
-            resolve_controls(controls or {}, self.spec.controls),
+            resolve_controls(settings.controls, self.spec.controls),
             language=spoken,
             embedding=None if embedding is None else embedding.tolist(),
             speed=speed,
         )
-        said = f"{clean_text(voice_text)} {text}" if voice_text else text
+        said = f"{clean_text(voice_text)} {segment.text}" if voice_text else segment.text
         text_ids = encode_phonemes(self._phonemize(said, spoken))
         prefix_len = len(text_ids) + config.prefix.num_vectors
         # One row before the first frame, one more for the end, and what drains after it.

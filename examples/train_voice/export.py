@@ -14,8 +14,11 @@ from corpus import WEAK_WORDS
 
 from declaim.engine import Engine, EngineConfig, SamplingParams, SpeechRequest
 from declaim.engine.loader import EMBEDDED_FOLDER
+from declaim.engine.models.base import PromptSettings
 from declaim.engine.models.lark import LarkModel
 from declaim.engine.phonemes import LETTER_TO_SOUND_FILE, Phonemizer
+from declaim.engine.request import EncodedVoice
+from declaim.engine.words import Segment
 
 TEST_SENTENCE = "The birch canoe slid on the smooth planks."
 TEST_FRAMES = 90
@@ -54,11 +57,10 @@ def write_vectors(folder: Path) -> None:
         if not isinstance(model, LarkModel):
             raise TypeError(f"{folder} is no voice of the lark family")
         prompt = model.tokenize(
-            TEST_SENTENCE,
-            voice_text="",
-            voice_codes=np.zeros((0, codec.shape.num_codebooks), np.int32),
-            sampling=request.sampling.resolve(engine.spec.sampling.defaults),
-            speed=1.0,
+            Segment(TEST_SENTENCE),
+            PromptSettings(
+                request.sampling.resolve(engine.spec.sampling.defaults), EncodedVoice.none(codec.shape.num_codebooks)
+            ),
         )
         durations_s = model.durations_s(prompt).numpy()
     np.savez(

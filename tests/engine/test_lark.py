@@ -15,9 +15,12 @@ from safetensors.torch import load_file, save_file
 from declaim.engine import Engine, EngineConfig, InvalidRequest, SamplingParams, SpeechRequest, TooLong, Voice
 from declaim.engine.errors import ModelLoadError, VoiceNotFound
 from declaim.engine.loader import EMBEDDED_FOLDER
+from declaim.engine.models.base import PromptSettings
 from declaim.engine.models.lark import LarkConfig, LarkModel
+from declaim.engine.request import EncodedVoice
 from declaim.engine.sequence import Prompt
 from declaim.engine.text import TextOptions
+from declaim.engine.words import Segment
 
 SENTENCE = json.loads((EMBEDDED_FOLDER / "test_vector.json").read_text())["text"]
 
@@ -33,11 +36,8 @@ def test_bytes_durations_and_greedy_codes_equal_the_test_vector(engine: Engine) 
     model = engine._model
     assert isinstance(model, LarkModel)
     prompt = model.tokenize(
-        SENTENCE,
-        voice_text="",
-        voice_codes=np.zeros((0, 8), np.int32),
-        sampling=SamplingParams().resolve(engine.spec.sampling.defaults),
-        speed=1.0,
+        Segment(SENTENCE),
+        PromptSettings(SamplingParams().resolve(engine.spec.sampling.defaults), EncodedVoice.none(8)),
     )
     assert list(prompt.text_ids) == vector["text_bytes"].tolist()
     np.testing.assert_allclose(model.durations_s(prompt).numpy(), vector["durations_s"], atol=1e-3)
@@ -136,14 +136,8 @@ def test_bfloat16_speaks_too() -> None:
 
 
 def tokenized(model: LarkModel, text: str, voice_name: str | None = None) -> Prompt:
-    return model.tokenize(
-        text,
-        voice_text="",
-        voice_codes=np.zeros((0, 8), np.int32),
-        sampling=SamplingParams().resolve(model.spec.sampling.defaults),
-        speed=1.0,
-        voice_name=voice_name,
-    )
+    sampling = SamplingParams().resolve(model.spec.sampling.defaults)
+    return model.tokenize(Segment(text), PromptSettings(sampling, EncodedVoice.none(8), voice_name=voice_name))
 
 
 @pytest.fixture(scope="module")

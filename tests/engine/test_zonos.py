@@ -33,7 +33,7 @@ from declaim.engine import (
 from declaim.engine.batch import Batch, Entry
 from declaim.engine.espeak import EspeakPhonemizer
 from declaim.engine.loader import find_model
-from declaim.engine.models.base import StepContext
+from declaim.engine.models.base import PromptSettings, StepContext
 from declaim.engine.models.zonos import ZonosModel
 from declaim.engine.models.zonos_conditioning import PUNCTUATION, encode_phonemes
 from declaim.engine.parts import DAC_44KHZ, KNOWN_CONFIGS, describe_model
@@ -42,6 +42,7 @@ from declaim.engine.runner import Runner
 from declaim.engine.sequence import Playback, Sequence, SequenceInput
 from declaim.engine.states import StateSlots
 from declaim.engine.vocoder.inline import InlineVocoder
+from declaim.engine.words import Segment
 from tests.zonos_checkpoints import (
     CASES,
     CONFIGS,
@@ -86,8 +87,14 @@ class TellingZonos(ZonosModel):
     def tell(self, case: Case) -> None:
         controls = {name: tuple(v) if isinstance(v, list) else v for name, v in case.conditions.items()}
         tokenize = super().tokenize
-        self.tokenize = lambda text, **given: tokenize(  # type: ignore[method-assign, assignment]
-            text, **{**given, "language": case.language, "controls": controls, "embedding": case.speaker}
+        self.tokenize = lambda segment, settings: tokenize(  # type: ignore[method-assign]
+            segment,
+            dataclasses.replace(
+                settings,
+                language=case.language,
+                controls=controls,
+                voice=dataclasses.replace(settings.voice, embedding=case.speaker),
+            ),
         )
 
 
@@ -135,7 +142,7 @@ def test_the_prefixes_of_both_branches_are_the_references(
 ) -> None:
     case = CASES[name]
     prompt = load_case(checkpoint(case), case).tokenize(
-        case.text, voice_text="", voice_codes=np.zeros((0, 9), np.int32), sampling=SAMPLING, speed=1.0
+        Segment(case.text), PromptSettings(SAMPLING, EncodedVoice.none(9))
     )
     prefix = load_zonos(checkpoint(case)).prepare(prompt).prefix
     assert prefix is not None and prefix.shape[1] == prompt.prefix_len
@@ -222,9 +229,7 @@ def rows_taken_in_turns(model: ZonosModel, turns: list[int], *, num_states: int)
     runner = Runner(model, num_blocks=32, num_cross_blocks=0, block_size=8, max_batch=num_states)
     sequences = []
     for i, text in enumerate(("wˈʌn", "tˈuː ænd ə hˈæf")):
-        prompt = model.tokenize(
-            text, voice_text="", voice_codes=np.zeros((0, 9), np.int32), sampling=SAMPLING, speed=1.0
-        )
+        prompt = model.tokenize(Segment(text), PromptSettings(SAMPLING, EncodedVoice.none(9)))
         sequence = Sequence(SequenceInput(i, "r", i, SAMPLING, prompt, 0.0), model.spec.rule, Playback(paced=False))
         sequence.block_tables = [list(range(16 * i + 8 * branch, 16 * i + 8 * branch + 8)) for branch in range(2)]
         runner.begin(sequence)
@@ -317,8 +322,9 @@ def test_without_espeak_the_error_names_the_remedy(monkeypatch: pytest.MonkeyPat
 
 
 def told(model: ZonosModel, **given: Any) -> Mapping[str, tuple[float, ...]]:
-    settings: dict[str, Any] = {"voice_text": "", "voice_codes": np.zeros((0, 9), np.int32), "speed": 1.0}
-    return model.tokenize("oʊ", sampling=SAMPLING, **(settings | given)).conditions
+    """given: fields of PromptSettings."""
+    settings = PromptSettings(SAMPLING, EncodedVoice.none(9))
+    return model.tokenize(Segment("oʊ"), dataclasses.replace(settings, **given)).conditions
 
 
 def test_controls_have_the_references_defaults_and_set_what_they_say(checkpoint: Callable[[Case], Path]) -> None:
@@ -339,7 +345,7 @@ def test_controls_have_the_references_defaults_and_set_what_they_say(checkpoint:
         speed=2.0,
         language="fr",
         controls={"emotion": "anger", "voice_quality": 0.7, "quality": 4, "speaking_rate": 30.0},
-        embedding=np.ones(128, np.float32),
+        voice=EncodedVoice("", np.zeros((0, 9), np.int32), np.ones(128, np.float32)),
     )
     assert given["speaking_rate"] == (40.0,)
     assert np.argmax(given["emotion"]) == 5
@@ -358,7 +364,7 @@ def test_controls_have_the_references_defaults_and_set_what_they_say(checkpoint:
         ({"controls": {"quality": 4.0}}, r"no control 'quality': it has emotion"),
         ({"language": "tlh"}, r"language is 'tlh'.*en-us"),
         ({"language": "ja"}, r"Japanese"),
-        ({"embedding": np.zeros(64, np.float32)}, r"\[64\].*\[128\]"),
+        ({"voice": EncodedVoice("", np.zeros((0, 9), np.int32), np.zeros(64, np.float32))}, r"\[64\].*\[128\]"),
     ],
 )
 def test_what_cannot_be_told_is_refused(checkpoint: Callable[[Case], Path], given: dict[str, Any], words: str) -> None:
@@ -368,7 +374,7 @@ def test_what_cannot_be_told_is_refused(checkpoint: Callable[[Case], Path], give
 
 def test_a_voice_prompt_that_leaves_no_room_is_refused(checkpoint: Callable[[Case], Path]) -> None:
     with pytest.raises(TooLong, match=r"6400 positions.*shorten the voice prompt"):
-        told(load_zonos(checkpoint(CASES["transformer-plain"])), voice_codes=np.zeros((6390, 9), np.int32))
+        told(load_zonos(checkpoint(CASES["transformer-plain"])), voice=EncodedVoice("", np.zeros((6390, 9), np.int32)))
 
 
 def test_a_config_of_something_else_is_refused(tmp_path: Path) -> None:
