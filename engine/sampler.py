@@ -220,16 +220,28 @@ def _gate_eos(state: Candidates, op: EosGate) -> torch.Tensor:
 
 
 def _penalise(state: Candidates, op: RepetitionPenalty, inputs: DrawInputs) -> torch.Tensor:
-    """Source: Keskar et al. 2019, section 4.1; an id seen n times in the window is penalised n times."""
+    """Source: Keskar et al. 2019, section 4.1; an id seen n times in the window is penalised n times, or once."""
     penalty = _column([p.repetition_penalty for p in inputs.params], state.values)
-    values, ids = state.values, state.all_ids()
-    seen = torch.zeros_like(ids, dtype=torch.bool)
-    for past in inputs.history[:, -op.window :].unbind(1):
-        matches = ids == past[..., None]
-        applies = matches if op.compounding else matches & ~seen
-        seen |= matches
-        values = torch.where(applies, torch.where(values > 0, values / penalty, values * penalty), values)
+    # One id of each row and codebook a time, not all of them: a vocabulary is mostly ids that nobody saw.
+    values, history = state.values.clone(), inputs.history[:, -op.window :]
+    for w in range(history.shape[1]):
+        past = history[:, w, :, None]
+        place, applies = _places(state, past)
+        if not op.compounding:
+            applies &= (history[:, :w] != history[:, w, None]).all(1)[..., None]
+        value = values.gather(-1, place)
+        penalised = torch.where(value > 0, value / penalty, value * penalty)
+        values.scatter_(-1, place, torch.where(applies, penalised, value))
     return values
+
+
+def _places(state: Candidates, wanted: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Where the ids `wanted` [B, Q, 1] stand among the candidates, and whether they do."""
+    if state.ids is None:
+        width = state.values.shape[-1]
+        return wanted.clamp(0, width - 1), (wanted >= 0) & (wanted < width)
+    matches = state.ids == wanted
+    return matches.int().argmax(-1, keepdim=True), matches.any(-1, keepdim=True)
 
 
 def _keep_top_k(state: Candidates, top_ks: list[int]) -> Candidates:
