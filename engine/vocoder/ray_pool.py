@@ -3,7 +3,8 @@
 Owns a dispatch thread, which alone speaks to Ray, and the books: a window is queued or in one worker's call,
 and leaves them once, with samples or with an error. A worker keeps nothing between calls, so what a dead one
 had in hand goes to another. Never retries through Ray (max_restarts=0): two parties repairing one pool would
-double windows.
+double windows. Ray itself may be lost too: the pool leaves it and joins or starts another, and until a worker of that
+one is ready, a thread of this process decodes in their place, on the CPU with the same samples.
 """
 
 from __future__ import annotations
@@ -50,6 +51,9 @@ _BACK_OFF_S = (0.5, 10.0)  # first and longest
 _CONNECT_TIMEOUT_S = 3.0
 _TRIAL_TIMEOUT_S = 10.0
 _CLOSE_TIMEOUT_S = 30.0
+# How often Ray is looked at, and how many times in a row it may not answer.
+_RAY_CHECK_S = 1.0
+_RAY_CHECKS = 2
 _CRASHED = "the vocoder pool's thread crashed: see its traceback in the log, and build a new pool"
 _OBJECT_STORE_BYTES = 90 * 1024 * 1024
 # A session's sockets take up to 62 characters below Ray's folder, and an AF_UNIX path ends at 107.
@@ -179,6 +183,45 @@ class _Reply:
 _LOAD, _PING = -1, -2  # call numbers of what is not a decode
 
 
+class _JoinedRay:
+    """The Ray that this process has joined: whose it is, and whether it still listens.
+
+    Workers whose Ray is gone decode on for seconds, but none of them is replaced; and a minute after Ray's control
+    service (GCS) died, Ray ends this process. So a lost Ray must be noticed before either is felt, by what stops at
+    once: the ports of the GCS and of this machine's raylet.
+    """
+
+    def __init__(self, *, is_owned: bool) -> None:
+        """Raises: RayError, StopIteration where Ray dies meanwhile."""
+        self.is_owned = is_owned
+        context = ray.get_runtime_context()
+        host, _, port = context.gcs_address.rpartition(":")
+        node = next(node for node in ray.nodes() if node["NodeID"] == context.get_node_id())
+        self._ports = {
+            "GCS": (host.strip("[]"), int(port)),
+            "raylet": (str(node["NodeManagerAddress"]), int(node["NodeManagerPort"])),
+        }
+        self._checked_at = 0.0
+        self._num_silent = 0
+
+    def why_lost(self, now: float) -> str | None:
+        """What no longer answers, twice in a row; None while all is well, and between two looks."""
+        if now - self._checked_at < _RAY_CHECK_S:
+            return None
+        self._checked_at = now
+        silent = self._silent()
+        self._num_silent = self._num_silent + 1 if silent else 0
+        return silent if self._num_silent >= _RAY_CHECKS else None
+
+    def _silent(self) -> str | None:
+        for name, address in self._ports.items():
+            try:
+                socket.create_connection(address, timeout=_RAY_CHECK_S).close()
+            except OSError as error:
+                return f"Ray's {name} at {address[0]}:{address[1]} does not answer ({error})"
+        return None
+
+
 class RayVocoderPool:
     """A `Vocoder` whose workers are Ray actors. Returns once one worker can decode.
 
@@ -205,10 +248,14 @@ class RayVocoderPool:
         self._started = False
         self._fatal: EngineError | None = None  # why the dispatch thread ended or is about to
         self._news = False  # something came into _done since the last wake
+        self._needs_stand_in = False
+        self._num_decoded = 0
         self._stats = RayPoolStats(0, 0, 0, 0, 0)
         self._pids: list[int] = []
 
         # The dispatch thread's own.
+        self._ray: _JoinedRay | None = None  # None while it is lost
+        self._stand_in: threading.Thread | None = None
         self._actor_class: Any = None
         self._workers: dict[int, _Worker] = {}
         self._next_number = 0
@@ -217,9 +264,7 @@ class RayVocoderPool:
         self._next_start_at = 0.0
         self._crowded_since: float | None = None
         self._window_s = 0.0  # what a window takes, by the last replies
-        self._owns_ray = False
         self._num_restarts = 0
-        self._num_decoded = 0
 
         # Ray is started from the thread that lasts as long as the pool: on Linux its processes die with the
         # thread that forked them, and on the main thread ray.init would replace the server's SIGTERM handler.
@@ -250,7 +295,7 @@ class RayVocoderPool:
                 (self._rest if window.index else self._first).append(_Job(window))
             if self._stopped:
                 self._fail_queued(str(self._fatal or _CRASHED))
-            self._changed.notify()
+            self._changed.notify_all()
 
     def poll(self) -> list[DecodedWindow]:
         with self._changed:
@@ -295,7 +340,7 @@ class RayVocoderPool:
             self._rest.clear()
             self._unanswered.clear()
             self._done.clear()
-            self._changed.notify()
+            self._changed.notify_all()
         if threading.current_thread() is not self._thread:
             self._thread.join(_CLOSE_TIMEOUT_S)
 
@@ -303,8 +348,7 @@ class RayVocoderPool:
 
     def _run(self) -> None:
         try:
-            self._owns_ray = _connect(self._options)
-            self._actor_class = _actor_class(self._options)
+            self._join()
             while not self._closed and self._fatal is None:
                 self._turn()
         except EngineError as error:
@@ -312,15 +356,18 @@ class RayVocoderPool:
         finally:
             # Also where an unforeseen error ends this thread: its traceback is printed, no window waits on.
             self._fail_everything()
-            if ray.is_initialized():
+            if self._stand_in is not None:
+                self._stand_in.join()
+            if self._ray is not None and ray.is_initialized():
                 for worker in self._workers.values():
                     _kill(worker)
-                if self._owns_ray:
+                if self._ray.is_owned:
                     ray.shutdown()
 
     def _fail_everything(self) -> None:
         with self._changed:
             self._stopped = True
+            self._needs_stand_in = False
             cause = str(self._fatal or _CRASHED)
             for worker in self._workers.values():
                 for job in worker.jobs():
@@ -336,16 +383,18 @@ class RayVocoderPool:
         """Wait for something to do, and do it."""
         with self._changed:
             self._changed.wait_for(self._has_work, timeout=_TICK_S)
-            replies = list(self._replies)
-            self._replies.clear()
-        if not ray.is_initialized():
-            raise EngineError("Ray was shut down under the vocoder pool: close the pool before its Ray")
         now = time.monotonic()
-        for reply in replies:
-            self._take(reply, now)
-        self._check_workers(now)
-        self._scale(now)
-        self._dispatch(now)
+        self._take_replies(now)
+        if self._ray is None:
+            self._rejoin(now)
+        elif not ray.is_initialized():
+            raise EngineError("Ray was shut down under the vocoder pool: close the pool before its Ray")
+        elif why := self._ray.why_lost(now):
+            self._leave(self._ray, why, now)
+        else:
+            self._check_workers(now)
+            self._scale(now)
+            self._dispatch(now)
         self._publish()
 
     def _has_work(self) -> bool:
@@ -369,24 +418,99 @@ class RayVocoderPool:
                 restarts=self._num_restarts,
                 windows_decoded=self._num_decoded,
             )
-            if ready and not self._started:
+            if ready and (self._needs_stand_in or not self._started):
+                self._needs_stand_in = False
                 self._started = True
                 self._changed.notify_all()
             news, self._news = self._news, False
         if news:
             self._wake()
 
+    # Life and death of Ray.
+
+    def _join(self) -> None:
+        """Raises: EngineError."""
+        self._ray = _connect(self._options)
+        self._actor_class = _actor_class(self._options)
+
+    def _leave(self, lost: _JoinedRay, why: str, now: float) -> None:
+        """Put back what the workers have in hand, have it decoded here, and be done with this Ray.
+
+        Raises: EngineError where this process had initialised Ray before: another may be using it.
+        """
+        if not lost.is_owned:
+            raise EngineError(f"{why}: initialise Ray anew and build a new pool, or leave Ray to the pool")
+        _log.error("ray lost workers=%d cause=%s; another is started or joined", len(self._workers), why)
+        self._num_restarts += len(self._workers)
+        with self._changed:
+            for worker in reversed(self._workers.values()):
+                self._put_back(worker.jobs())
+            self._replies.clear()
+            self._needs_stand_in = self._recipe.device == "cpu"
+        # Before the next Ray: their handles belong to this one.
+        self._workers.clear()
+        self._ray = self._actor_class = None
+        self._next_start_at = now
+        if self._needs_stand_in and (self._stand_in is None or not self._stand_in.is_alive()):
+            self._stand_in = threading.Thread(target=self._decode_here, name="declaim-vocoder-stand-in", daemon=True)
+            self._stand_in.start()
+        ray.shutdown()
+
+    def _rejoin(self, now: float) -> None:
+        """Where it fails, again after a while."""
+        if now < self._next_start_at:
+            return
+        try:
+            self._join()
+        except EngineError as error:
+            _log.warning("ray not joined cause=%s", error)
+            self._on_failed_start(error, time.monotonic())
+            return
+        _log.info("ray joined seconds=%.2f", time.monotonic() - now)
+
+    def _decode_here(self) -> None:
+        """The stand-in thread: decode what is queued, until a worker is ready to. Its samples are a worker's, for it
+        computes with as many threads."""
+        torch.set_num_threads(_num_threads(self._options))
+        try:
+            codec = load_codec(self._recipe)
+        except ModelLoadError as error:
+            _log.error("stand-in not loaded cause=%s", error)
+            return
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._first or self._rest or not self._needs_stand_in)
+                if not self._needs_stand_in:
+                    return
+                job = (self._first or self._rest).popleft()
+            decoded = _lost(job, _CRASHED)
+            try:
+                (decoded,) = decode_windows(codec, [job.window])
+            finally:
+                with self._changed:
+                    self._num_decoded += decoded.samples is not None
+                    self._answer(decoded)
+                self._wake()
+
     # Replies.
 
     def _call(self, worker: _Worker, call: int, ref: Any) -> None:
         """Have the reply to a call put where this thread finds it."""
+        number = worker.number  # and not the worker, whose handle must not outlive its Ray
 
         def finished(future: Future[Any]) -> None:
             with self._changed:
-                self._replies.append(_Reply(worker.number, call, future))
-                self._changed.notify()
+                self._replies.append(_Reply(number, call, future))
+                self._changed.notify_all()
 
         ref.future().add_done_callback(finished)
+
+    def _take_replies(self, now: float) -> None:
+        with self._changed:
+            replies = list(self._replies)
+            self._replies.clear()
+        for reply in replies:
+            self._take(reply, now)
 
     def _take(self, reply: _Reply, now: float) -> None:
         worker = self._workers.get(reply.worker)
@@ -412,9 +536,9 @@ class RayVocoderPool:
         jobs = worker.calls.pop(call)
         self._window_s = 0.5 * self._window_s + 0.5 * (now - worker.head_since) / len(jobs)
         worker.head_since = now
-        self._num_decoded += sum(window.samples is not None for window in decoded)
         owned = [_owned(window) for window in decoded]
         with self._changed:
+            self._num_decoded += sum(window.samples is not None for window in owned)
             for window in owned:
                 self._answer(window)
 
@@ -432,11 +556,15 @@ class RayVocoderPool:
     def _is_wanted(self, job: _Job) -> bool:
         return job.window.index in self._unanswered.get(job.window.sequence_id, ())
 
+    def _put_back(self, jobs: Sequence[_Job]) -> None:
+        """Queue windows again, before the others. Needs the lock."""
+        for job in reversed(jobs):
+            if self._is_wanted(job):
+                (self._rest if job.window.index else self._first).appendleft(job)
+
     def _fail(self, job: _Job, cause: str) -> None:
         """Answer a window with VocoderLost. Needs the lock."""
-        sequence_id, index = job.window.sequence_id, job.window.index
-        error = VocoderLost(f"window {index} of sequence {sequence_id} was not decoded: {cause}")
-        self._answer(DecodedWindow(sequence_id, index, None, error))
+        self._answer(_lost(job, cause))
 
     def _fail_queued(self, cause: str) -> None:
         for job in (*self._first, *self._rest):
@@ -452,12 +580,11 @@ class RayVocoderPool:
             self._start_worker(now)
 
     def _start_worker(self, now: float) -> None:
-        options = self._options
         number, self._next_number = self._next_number, self._next_number + 1
         try:
             handle = self._actor_class.remote()
             worker = self._workers[number] = _Worker(number, handle, now)
-            load = handle.load.remote(self._recipe, num_threads=max(1, int(options.cpus_per_worker)))
+            load = handle.load.remote(self._recipe, num_threads=_num_threads(self._options))
         except RayError as error:
             self._workers.pop(number, None)
             self._on_failed_start(EngineError(f"no vocoder worker could be started: {_explain(error)}"), now)
@@ -514,11 +641,11 @@ class RayVocoderPool:
         for job in oldest:
             job.num_lost += 1
         with self._changed:
-            for job in reversed(worker.jobs()):
+            for job in oldest:
                 if job.num_lost >= _MAX_LOST_WORKERS_PER_WINDOW:
                     self._fail(job, f"{job.num_lost} workers were lost over it, the last one by: {cause}")
-                elif self._is_wanted(job):
-                    (self._rest if job.window.index else self._first).appendleft(job)
+            # What was answered just now is no longer wanted.
+            self._put_back(worker.jobs())
 
     def _on_failed_start(self, cause: EngineError, now: float) -> None:
         first, longest = _BACK_OFF_S
@@ -526,7 +653,7 @@ class RayVocoderPool:
         self._num_failed_starts += 1
         if not self._started:
             self._fatal = cause
-        elif not self._workers:
+        elif not self._workers and not (self._stand_in is not None and self._stand_in.is_alive()):
             with self._changed:
                 self._fail_queued(f"no worker could be started: {cause}")
 
@@ -622,6 +749,17 @@ def _owned(window: DecodedWindow) -> DecodedWindow:
     return DecodedWindow(window.sequence_id, window.index, np.array(window.samples))
 
 
+def _num_threads(options: RayPoolOptions) -> int:
+    """What a worker computes with; a window's last bits depend on it."""
+    return max(1, int(options.cpus_per_worker))
+
+
+def _lost(job: _Job, cause: str) -> DecodedWindow:
+    sequence_id, index = job.window.sequence_id, job.window.index
+    error = VocoderLost(f"window {index} of sequence {sequence_id} was not decoded: {cause}")
+    return DecodedWindow(sequence_id, index, None, error)
+
+
 def _kill(worker: _Worker) -> None:
     try:
         ray.kill(worker.handle, no_restart=True)
@@ -639,13 +777,13 @@ def _explain(error: BaseException) -> EngineError:
     return EngineError(f"{type(cause).__name__}: {words[:240]}")
 
 
-def _connect(options: RayPoolOptions) -> bool:
-    """Join Ray or start it; False where this process had done so before, so that it is not ours to shut down.
+def _connect(options: RayPoolOptions) -> _JoinedRay:
+    """Join Ray or start it; where this process had done so before, it is not owned: not ours to shut down.
 
     Raises: EngineError.
     """
     if ray.is_initialized():
-        return False
+        return _JoinedRay(is_owned=False)
     # Nothing phones home. And a worker that asks for no GPU (it shares the engine's) still sees it.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
@@ -657,13 +795,14 @@ def _connect(options: RayPoolOptions) -> bool:
                 _start_local_ray(options)
             else:
                 ray.init(options.address, log_to_driver=False, configure_logging=False)
-    except (RayError, RuntimeError, ConnectionError, OSError, ValueError) as error:
+        return _JoinedRay(is_owned=True)
+    except (RayError, RuntimeError, ConnectionError, OSError, ValueError, StopIteration) as error:
+        ray.shutdown()
         where = "a local Ray" if options.address is None else f"the Ray cluster at {options.address}"
         raise EngineError(
             f"{where} could not be used: {error}; see its logs (/tmp/ray/session_latest/logs), "
             "or use the inline vocoder"
         ) from error
-    return True
 
 
 def _start_local_ray(options: RayPoolOptions) -> None:

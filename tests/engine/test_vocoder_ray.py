@@ -288,6 +288,17 @@ def test_closing_drops_what_is_pending_kills_the_workers_and_may_be_done_twice(
     assert len(shared.pool.worker_pids()) == 1
 
 
+def test_a_ray_that_is_not_the_pools_own_is_not_replaced_once_it_is_lost(
+    make_client: MakeClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client = make_client(RayPoolOptions(max_workers=1))
+    monkeypatch.setattr(client.pool._ray, "_silent", lambda: "Ray's raylet at here:1 does not answer")
+    client.pool.submit(make_windows(0, 400))
+    errors = [window.error for window in client.drain().values() if window.error]
+    assert errors and {type(error) for error in errors} == {VocoderLost}
+    assert "raylet at here:1" in str(errors[0]) and "build a new pool" in str(errors[0])
+
+
 def copy_codec(tmp_path: Path) -> Path:
     return Path(shutil.copytree(CODEC_FOLDER, tmp_path / "codec"))
 
