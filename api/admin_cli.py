@@ -88,7 +88,7 @@ def _build_keys_cli(open_database: OpenDatabase) -> typer.Typer:
         """Make a key and print it, once. A new tenant is made; limits given here become the tenant's."""
         from declaim.api.store.tenants import Tenant, create_key, limits_of, set_tenant
 
-        with _opened(open_database, database) as store, store.session() as session:
+        with opened(open_database, database) as store, store.session() as session:
             now = time.time()
             limits = _changed(
                 session.get(Tenant, tenant),
@@ -102,7 +102,7 @@ def _build_keys_cli(open_database: OpenDatabase) -> typer.Typer:
             limits = limits_of(set_tenant(session, tenant, limits, now=now))
             row, key = create_key(session, tenant, name=name, now=now)
             key_id = row.id
-        _say(f"key {key_id} of tenant {tenant} ({_described(limits)}). It is shown this once:")
+        say(f"key {key_id} of tenant {tenant} ({_described(limits)}). It is shown this once:")
         print(key)
 
     @app.command("list")
@@ -119,12 +119,12 @@ def _build_keys_cli(open_database: OpenDatabase) -> typer.Typer:
         query = sa.select(ApiKey).order_by(ApiKey.tenant_id, ApiKey.created_at)
         if tenant is not None:
             query = query.where(ApiKey.tenant_id == tenant)
-        with _opened(open_database, database) as store, store.reader() as session:
+        with opened(open_database, database) as store, store.reader() as session:
             rows: list[Sequence[Cell]] = [
                 (key.id, key.tenant_id, key.name, f"{key.prefix}...", _date(key.created_at), _date(key.revoked_at))
                 for key in session.scalars(query)
             ]
-        _show(("id", "tenant", "name", "key", "made", "revoked"), rows, shown_as=shown_as)
+        show(("id", "tenant", "name", "key", "made", "revoked"), rows, shown_as=shown_as)
 
     @app.command()
     def revoke(
@@ -134,10 +134,10 @@ def _build_keys_cli(open_database: OpenDatabase) -> typer.Typer:
         """End a key. Running servers refuse it within seconds; streams that run go on to their end."""
         from declaim.api.store.tenants import revoke_key
 
-        with _opened(open_database, database) as store, store.session() as session:
+        with opened(open_database, database) as store, store.session() as session:
             row = revoke_key(session, key.removesuffix("..."), now=time.time())
             message = f"revoked {row.id} ({row.prefix}...) of tenant {row.tenant_id}"
-        _say(message)
+        say(message)
 
     return app
 
@@ -161,7 +161,7 @@ def _build_tenants_cli(open_database: OpenDatabase) -> typer.Typer:
         query = sa.select(Tenant, TenantMeter, num_keys).join(TenantMeter).order_by(Tenant.id)
         header = ("tenant", "keys", "rpm", "chars/min", "concurrent", "chars/month", "used", "weight", "tiers")
         month = month_of(time.time())
-        with _opened(open_database, database) as store, store.reader() as session:
+        with opened(open_database, database) as store, store.reader() as session:
             rows: list[Sequence[Cell]] = [
                 (
                     tenant.id,
@@ -176,7 +176,7 @@ def _build_tenants_cli(open_database: OpenDatabase) -> typer.Typer:
                 )
                 for tenant, meter, count in session.execute(query)
             ]
-        _show(header, rows, shown_as=shown_as)
+        show(header, rows, shown_as=shown_as)
 
     @app.command("set")
     def set_limits(
@@ -192,7 +192,7 @@ def _build_tenants_cli(open_database: OpenDatabase) -> typer.Typer:
         """Change the limits that are given, leave the others. Running servers see it at the next request."""
         from declaim.api.store.tenants import Tenant, limits_of, set_tenant
 
-        with _opened(open_database, database) as store, store.session() as session:
+        with opened(open_database, database) as store, store.session() as session:
             limits = _changed(
                 session.get(Tenant, tenant),
                 rpm=rpm,
@@ -203,7 +203,7 @@ def _build_tenants_cli(open_database: OpenDatabase) -> typer.Typer:
                 tiers=tiers,
             )
             limits = limits_of(set_tenant(session, tenant, limits, now=time.time()))
-        _say(f"tenant {tenant}: {_described(limits)}")
+        say(f"tenant {tenant}: {_described(limits)}")
 
     return app
 
@@ -229,7 +229,7 @@ def _build_usage_command(open_database: OpenDatabase) -> Callable[..., None]:
         groups = list(dict.fromkeys(name.strip() for name in by.split(",")))
         if not set(groups) <= _GROUPS.keys():
             exit_with(f"--by is {by!r}: give some of {','.join(_GROUPS)}", code=2)
-        with _opened(open_database, database) as store, store.reader() as session:
+        with opened(open_database, database) as store, store.reader() as session:
             sums = sum_usage(
                 session,
                 tenant=tenant,
@@ -251,13 +251,13 @@ def _build_usage_command(open_database: OpenDatabase) -> Callable[..., None]:
             )
             for item in sums
         ]
-        _show(header, rows, shown_as=shown_as)
+        show(header, rows, shown_as=shown_as)
 
     return usage
 
 
 @contextmanager
-def _opened(open_database: OpenDatabase, url: str | None) -> Iterator[Database]:
+def opened(open_database: OpenDatabase, url: str | None) -> Iterator[Database]:
     """The database for one command; what goes wrong with it ends the command."""
     from declaim.api.store.database import StoreUnavailable
 
@@ -332,11 +332,11 @@ def _date(at: float | None) -> str:
     return "" if at is None else datetime.fromtimestamp(at, UTC).strftime("%Y-%m-%d %H:%M")
 
 
-def _say(message: str) -> None:
+def say(message: str) -> None:
     Console(stderr=True).print(Text(message), soft_wrap=True)
 
 
-def _show(header: Sequence[str], rows: Sequence[Sequence[Cell]], *, shown_as: Format) -> None:
+def show(header: Sequence[str], rows: Sequence[Sequence[Cell]], *, shown_as: Format) -> None:
     """Print rows on stdout, for people or for programs."""
     if shown_as == "json":
         print(json.dumps([dict(zip(header, row, strict=True)) for row in rows], indent=2))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import os
 import time
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Iterable, Mapping
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import asynccontextmanager
 
@@ -29,7 +29,7 @@ from declaim.api.rendering import Renders
 from declaim.api.schemas import AudioModelList, Greeting, ModelCard, ModelList, ModelVoice, Readiness
 from declaim.api.serving import Serving
 from declaim.api.settings import ApiSettings
-from declaim.api.speech import MODEL_ALIASES, Voices, build_speech_router, check_model
+from declaim.api.speech import MODEL_ALIASES, Lexicons, Voices, build_speech_router, check_model
 from declaim.api.uploads import read_recording
 from declaim.api.voices import own_voice
 from declaim.engine.errors import VoiceNotFound
@@ -80,19 +80,27 @@ class OwnVoices:
         return await asyncio.to_thread(encode)
 
 
+class NoLexicons:
+    """For a server that keeps no pronunciations of its callers'."""
+
+    async def entries(self, tenant: str) -> Mapping[str, str]:
+        return {}
+
+
 def create_app(
     serving: Serving,
     *,
     gate: Gate | None = None,
     voices: Voices | None = None,
+    lexicons: Lexicons | None = None,
     settings: ApiSettings | None = None,
     workers: Executor | None = None,
     routers: Iterable[APIRouter] = (),
 ) -> AccessLayer:
     """Build the application; its lifespan starts `serving` and closes it.
 
-    gate: None lets everybody in. voices: None knows the model's own. workers: threads that encode, shut down with it;
-    None makes as many as there are cores. routers: what else is served.
+    gate: None lets everybody in. voices: None knows the model's own. lexicons: None has no entries. workers: threads
+    that encode, shut down with it; None makes as many as there are cores. routers: what else is served.
 
     Raises: OSError where the settings' cache folder cannot be used.
     """
@@ -122,6 +130,7 @@ def create_app(
             metrics,
             gate=gate,
             voices=voices or OwnVoices(serving),
+            lexicons=lexicons or NoLexicons(),
             renders=Renders(cache),
             workers=workers,
             settings=settings,
@@ -140,7 +149,7 @@ def _for_browsers(app: ASGIApp, settings: ApiSettings) -> ASGIApp:
     return CORSMiddleware(
         app,
         allow_origins=settings.cors_origins,
-        allow_methods=("GET", "HEAD", "POST", "DELETE"),
+        allow_methods=("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE"),
         allow_headers=("*",),
         expose_headers=_EXPOSED_HEADERS,
         max_age=3600,

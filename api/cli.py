@@ -23,6 +23,7 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeEl
 from rich.text import Text
 
 from declaim.api.admin_cli import OpenDatabase, add_admin_commands, open_store
+from declaim.api.lexicon_cli import build_lexicon_cli
 from declaim.api.models import build_models_cli, open_default_hub, quantize
 from declaim.api.plan import plan
 from declaim.api.terminal import StageBars, exit_with, exits_on_error
@@ -76,6 +77,7 @@ def build_cli(
     app.command()(quantize)
     app.command()(plan)
     add_admin_commands(app, open_database)
+    app.add_typer(build_lexicon_cli(open_database), name="lexicon")
     app.add_typer(build_bench_cli(), name="bench")
 
     @app.command()

@@ -21,8 +21,9 @@ from types import MappingProxyType
 
 import sqlalchemy as sa
 from starlette.datastructures import Headers
+from starlette.requests import Request
 
-from declaim.api.gate import NO_HEADERS, Admission, Caller, Usage, tier_of
+from declaim.api.gate import NO_HEADERS, Admission, Caller, Gate, Usage, credential_of, tier_of
 from declaim.api.ledger import Ledger, UsageRecord
 from declaim.api.limiter import Lease, SharedLimits
 from declaim.api.store.database import Database
@@ -230,6 +231,13 @@ class _KeyAdmission:
                 at=time.time(),
             )
         )
+
+
+async def caller_of(gate: Gate, request: Request) -> Caller:
+    """Who sends an HTTP request. Raises: InvalidApiKey, WrongAffiliation, StoreUnavailable."""
+    caller = await gate.authenticate(credential_of(request.headers, request.query_params))
+    check_affiliation(caller, request.headers)
+    return caller
 
 
 def check_affiliation(caller: Caller, headers: Headers) -> None:

@@ -187,7 +187,7 @@ class _LiveSocket:
         voice: EncodedVoice | str | None = reference
         if voice is None:
             voice = await self._services.voices.resolve(caller.tenant, voice_name(body))
-        to_request(body, engine=engine, caller=caller, tier="default", voice=voice, request_id="config")
+        to_request(body, engine=engine, caller=caller, tier="default", voice=voice, lexicon={}, request_id="config")
         self._config = LiveConfig(body, response_format, cast(Granularity, granularity), reference)
         self._streams_audio = streams_audio
 

@@ -24,7 +24,7 @@ from declaim.api.gate import Admission, Gate, Usage
 from declaim.api.rendering import Part, Rendering, render
 from declaim.api.schemas import SpeechBody
 from declaim.api.serving import Serving
-from declaim.api.speech import Voices, tempo_of, to_request, voice_name
+from declaim.api.speech import Lexicons, Voices, tempo_of, to_request, voice_name
 from declaim.engine.errors import DeclaimError, EngineError, TooLong
 from declaim.engine.request import EncodedVoice, FinishReason
 
@@ -46,6 +46,7 @@ class LiveServices:
     serving: Serving
     gate: Gate
     voices: Voices
+    lexicons: Lexicons
     workers: Executor
 
 
@@ -288,6 +289,7 @@ class LiveSession:
         voice: EncodedVoice | str | None = config.reference
         if voice is None:
             voice = await services.voices.resolve(caller.tenant, voice_name(config.body))
+        lexicon = await services.lexicons.entries(caller.tenant)
         admission = await services.gate.admit(
             caller,
             request_id=utterance.request_id,
@@ -305,6 +307,7 @@ class LiveSession:
                 caller=caller,
                 tier=admission.tier,
                 voice=voice,
+                lexicon=lexicon,
                 request_id=f"{utterance.request_id}_{index}",
             )
             return render(engine, request, how, services.workers)

@@ -27,6 +27,7 @@ from declaim.api.deepgram import build_deepgram_router
 from declaim.api.gate import Gate, OpenGate
 from declaim.api.keys import KeyGate
 from declaim.api.ledger import Ledger
+from declaim.api.lexicon import LexiconStore, build_lexicon_router
 from declaim.api.live import build_live_router
 from declaim.api.live_session import LiveServices
 from declaim.api.metrics import GateMetrics, MeteredGate, make_socket_gauge
@@ -101,17 +102,19 @@ def serving_app(serving: Serving, database: Database, options: ServerOptions, *,
     if not options.is_open:
         gate = keys = KeyGate(database, ledger=Ledger(database), open_without_keys=is_loopback(host))
     voices = VoiceStore(serving.engine, database)
+    lexicons = LexiconStore(database)
     workers = ThreadPoolExecutor(min(_MAX_ENCODE_THREADS, os.cpu_count() or 1), "declaim-encode")
     tracing = open_tracing()
     if tracing is not None:
         gate = tracing.gate(gate)
     live_gate = MeteredGate(gate, counts, asked_by="live")
-    live = LiveServices(serving, live_gate, voices, workers)
+    live = LiveServices(serving, live_gate, voices, lexicons, workers)
     socket_limits = SocketLimits()
     open_sockets = make_socket_gauge()
     places = SocketPlaces(socket_limits, on_change=open_sockets.set)
     routers = [
         build_voices_router(voices, gate, lists_publicly=settings.public_listings),
+        build_lexicon_router(lexicons, gate),
         build_usage_router(gate, database),
         build_live_router(live, socket_limits, places),
         build_deepgram_router(live, socket_limits, places),
@@ -122,6 +125,7 @@ def serving_app(serving: Serving, database: Database, options: ServerOptions, *,
             serving,
             gate=MeteredGate(gate, counts, asked_by="http"),
             voices=voices,
+            lexicons=lexicons,
             settings=settings,
             workers=workers,
             routers=routers,

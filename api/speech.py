@@ -27,8 +27,8 @@ from declaim.api.delivery import Account, Listening, NoResponse, StreamedSpeech,
 from declaim.api.encode import DEFAULT_FORMAT, MEDIA_TYPES, with_exact_length
 from declaim.api.errors import BodyTooLarge, ClientGone, MissingParameter
 from declaim.api.framing import AudioFraming, EventFraming, Framing, json_document, webvtt_document, whole_body
-from declaim.api.gate import Caller, Gate, credential_of
-from declaim.api.keys import check_affiliation
+from declaim.api.gate import Caller, Gate
+from declaim.api.keys import caller_of
 from declaim.api.metrics import ServerMetrics
 from declaim.api.pipeline import check_rate, in_worker
 from declaim.api.reference import decode_reference
@@ -76,6 +76,14 @@ class Voices(Protocol):
         ...
 
 
+class Lexicons(Protocol):
+    """Knows tenants' pronunciations."""
+
+    async def entries(self, tenant: str) -> Mapping[str, str]:
+        """What `SpeechRequest.lexicon` takes: written form to what is said. Raises: StoreUnavailable."""
+        ...
+
+
 def check_model(name: str, *, model_name: str) -> None:
     """Raises: ModelNotFound unless `name` is the served model or an alias of it."""
     if name != model_name and name not in MODEL_ALIASES:
@@ -95,9 +103,10 @@ def to_request(
     caller: Caller,
     tier: Tier,
     voice: EncodedVoice | str | None,
+    lexicon: Mapping[str, str],
     request_id: str,
 ) -> SpeechRequest:
-    """Turn a body into what the engine takes. voice: what the body's voice was resolved to.
+    """Turn a body into what the engine takes. voice: what the body's voice was resolved to. lexicon: the caller's.
 
     Raises: InvalidRequest, ModelNotFound.
     """
@@ -122,6 +131,7 @@ def to_request(
         request_id=request_id,
         language=_language(body.language),
         normalize=body.normalize is not False,
+        lexicon=lexicon,
         controls=_controls(body, engine.spec),
         word_timestamps=bool(body.word_timestamps) or body.response_format == "vtt",
         tenant=caller.tenant,
@@ -210,6 +220,7 @@ class _Speech:
         *,
         gate: Gate,
         voices: Voices,
+        lexicons: Lexicons,
         renders: Renders,
         workers: Executor,
         settings: ApiSettings,
@@ -218,6 +229,7 @@ class _Speech:
         self._metrics = metrics
         self._gate = gate
         self._voices = voices
+        self._lexicons = lexicons
         self._renders = renders
         self._workers = workers
         self._settings = settings
@@ -235,7 +247,13 @@ class _Speech:
         form = _form_of(body)
         voice = None if reference is not None else await self._voices.resolve(caller.tenant, voice_name(body))
         speech = to_request(
-            body, engine=engine, caller=caller, tier="default", voice=voice, request_id=record.request_id
+            body,
+            engine=engine,
+            caller=caller,
+            tier="default",
+            voice=voice,
+            lexicon=await self._lexicons.entries(caller.tenant),
+            request_id=record.request_id,
         )
         admission = await self._gate.admit(
             caller, request_id=record.request_id, chars=len(body.input), service_tier=body.service_tier
@@ -261,9 +279,7 @@ class _Speech:
 
     async def _authenticate(self, request: Request) -> Caller:
         try:
-            caller = await self._gate.authenticate(credential_of(request.headers, request.query_params))
-            check_affiliation(caller, request.headers)
-            return caller
+            return await caller_of(self._gate, request)
         except DeclaimError:
             with contextlib.suppress(BodyTooLarge):
                 await drop_body(request)
@@ -368,13 +384,23 @@ def build_speech_router(
     *,
     gate: Gate,
     voices: Voices,
+    lexicons: Lexicons,
     renders: Renders,
     workers: Executor,
     settings: ApiSettings,
 ) -> APIRouter:
     """The route of POST /v1/audio/speech."""
     router = APIRouter()
-    speech = _Speech(serving, metrics, gate=gate, voices=voices, renders=renders, workers=workers, settings=settings)
+    speech = _Speech(
+        serving,
+        metrics,
+        gate=gate,
+        voices=voices,
+        lexicons=lexicons,
+        renders=renders,
+        workers=workers,
+        settings=settings,
+    )
 
     # The body is read by hand (size before content, our envelope): this schema is for /openapi.json only.
     schema = {"requestBody": {"required": True, "content": {"application/json": {"schema": _body_schema()}}}}

@@ -16,7 +16,8 @@ from typing import Annotated, Literal, get_args
 
 from fastapi import APIRouter, Query, Request
 
-from declaim.api.gate import Gate, credential_of
+from declaim.api.gate import Gate
+from declaim.api.keys import caller_of
 from declaim.api.store.database import Database
 from declaim.api.store.usage import Group, UsageSum, sum_usage
 from declaim.engine.errors import InvalidRequest
@@ -93,7 +94,7 @@ def build_usage_router(gate: Gate, database: Database) -> APIRouter:
         models: Annotated[list[str] | None, Query(alias="models[]", max_length=_MAX_FILTERS)] = None,
     ) -> UsagePage:
         """Characters and requests of the caller's tenant, in buckets of UTC time."""
-        caller = await gate.authenticate(credential_of(request.headers, request.query_params))
+        caller = await caller_of(gate, request)
         width = _WIDTHS[bucket_width]
         if limit is not None and limit > width.max_limit:
             raise InvalidRequest(

@@ -22,7 +22,7 @@ from pydantic import ValidationError
 from declaim.api.body import drop_body
 from declaim.api.errors import ApiError, BodyTooLarge, InvalidBody, MissingParameter
 from declaim.api.gate import Caller, Gate, credential_of
-from declaim.api.keys import check_affiliation
+from declaim.api.keys import caller_of
 from declaim.api.store.database import Database
 from declaim.api.store.voices import LimitReached, StoredConsent, StoredVoice, VoiceTables
 from declaim.api.uploads import Form, Recording, from_flac, read_form, read_recording
@@ -413,16 +413,11 @@ def build_voices_router(store: VoiceStore, gate: Gate, *, lists_publicly: bool =
     """
     router = APIRouter()
 
-    async def caller_of(request: Request) -> Caller:
-        caller = await gate.authenticate(credential_of(request.headers, request.query_params))
-        check_affiliation(caller, request.headers)
-        return caller
-
     @asynccontextmanager
     async def uploading(request: Request) -> AsyncGenerator[Caller, None]:
         async with AsyncExitStack() as stack:
             try:
-                caller = await caller_of(request)
+                caller = await caller_of(gate, request)
                 await stack.enter_async_context(store.upload_slot(caller.tenant))
             except DeclaimError:
                 # Read to its end: a client that is still sending would meet a reset, not this answer.
@@ -436,7 +431,7 @@ def build_voices_router(store: VoiceStore, gate: Gate, *, lists_publicly: bool =
         """Every voice that the caller may name."""
         voices = store.own_voices()
         if not (lists_publicly and credential_of(request.headers, request.query_params) is None):
-            caller = await caller_of(request)
+            caller = await caller_of(gate, request)
             voices += await store.voices(caller.tenant)
         return VoiceList(voices=voices, data=voices)
 
@@ -459,13 +454,13 @@ def build_voices_router(store: VoiceStore, gate: Gate, *, lists_publicly: bool =
     @router.get("/v1/audio/voices/{voice_id}")
     async def get_voice(request: Request, voice_id: str) -> Voice:
         """One of the caller's own voices."""
-        caller = await caller_of(request)
+        caller = await caller_of(gate, request)
         return await store.voice(caller.tenant, voice_id)
 
     @router.delete("/v1/audio/voices/{voice_id}")
     async def delete_voice(request: Request, voice_id: str) -> DeletedVoice:
         """Delete a voice and all that was kept of it."""
-        caller = await caller_of(request)
+        caller = await caller_of(gate, request)
         await store.delete_voice(caller.tenant, voice_id)
         return DeletedVoice(id=voice_id)
 
@@ -486,13 +481,13 @@ def build_voices_router(store: VoiceStore, gate: Gate, *, lists_publicly: bool =
         request: Request, after: str | None = None, limit: int = Query(default=20, ge=1, le=100)
     ) -> ConsentList:
         """The caller's consents, newest first."""
-        caller = await caller_of(request)
+        caller = await caller_of(gate, request)
         return await store.consents(caller.tenant, after=after, limit=limit)
 
     @router.get("/v1/audio/voice_consents/{consent_id}")
     async def get_consent(request: Request, consent_id: str) -> Consent:
         """One consent."""
-        caller = await caller_of(request)
+        caller = await caller_of(gate, request)
         return await store.consent(caller.tenant, consent_id)
 
     rename_schema = {"requestBody": {"required": True, "content": {"application/json": {"schema": _RENAME_SCHEMA}}}}
@@ -500,14 +495,14 @@ def build_voices_router(store: VoiceStore, gate: Gate, *, lists_publicly: bool =
     @router.post("/v1/audio/voice_consents/{consent_id}", openapi_extra=rename_schema)
     async def rename_consent(request: Request, consent_id: str) -> Consent:
         """Give a consent another name."""
-        caller = await caller_of(request)
+        caller = await caller_of(gate, request)
         name = await _renamed(request)
         return await store.rename_consent(caller.tenant, consent_id, name=name)
 
     @router.delete("/v1/audio/voice_consents/{consent_id}")
     async def delete_consent(request: Request, consent_id: str) -> DeletedConsent:
         """Delete a consent and its recording."""
-        caller = await caller_of(request)
+        caller = await caller_of(gate, request)
         await store.delete_consent(caller.tenant, consent_id)
         return DeletedConsent(id=consent_id)
 

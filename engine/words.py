@@ -10,7 +10,7 @@ import re
 from array import array
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from collections.abc import Sequence as Items
 from dataclasses import dataclass
 
@@ -61,15 +61,18 @@ class TracedText:
         return cls(text, array("l", range(len(text))))
 
     def sub(self, pattern: re.Pattern[str], say: Callable[[re.Match[str]], str]) -> TracedText:
-        """As `pattern.sub(say, text)`. What a match and its replacement share at their ends keeps its origins; what is
-        between spreads evenly over what it stands for."""
+        """As `pattern.sub(say, text)`; `replaced` says what becomes of the origins."""
+        return self.replaced((*match.span(), say(match)) for match in pattern.finditer(self.text))
+
+    def replaced(self, edits: Iterable[tuple[int, int, str]]) -> TracedText:
+        """The text with characters first .. last (exclusive) replaced, for each (first, last, said), in order, none
+        over another. What a replacement shares at its ends with what it replaces keeps its origins; what is between
+        spreads evenly over what it stands for."""
         pieces: list[str] = []
         origins = array("l")
         end = 0
-        for match in pattern.finditer(self.text):
-            first, last = match.span()
-            said = say(match)
-            if said == match.group():
+        for first, last, said in edits:
+            if said == self.text[first:last]:
                 continue
             pieces += (self.text[end:first], said)
             origins += self.origins[end:first]

@@ -16,6 +16,7 @@ from fastapi import FastAPI
 from numpy.typing import NDArray
 from websockets.sync.client import ClientConnection, connect
 
+from declaim.api.app import NoLexicons
 from declaim.api.deepgram import build_deepgram_router
 from declaim.api.errors import ApiError
 from declaim.api.gate import Admission, Caller, OpenGate, Usage
@@ -197,7 +198,7 @@ def live_world(folder: Path, engine: SpeechEngine, **limits: object) -> Iterator
     gate = NamedGate()
     socket_limits = replace(SocketLimits(), **limits)  # type: ignore[arg-type]
     with ThreadPoolExecutor(2) as workers:
-        services = LiveServices(serving, gate, voices, workers)
+        services = LiveServices(serving, gate, voices, NoLexicons(), workers)
         places = SocketPlaces(socket_limits)
         app = FastAPI()
         app.include_router(build_live_router(services, socket_limits, places))

@@ -10,12 +10,12 @@ import sqlalchemy as sa
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
 
-from declaim.api.store import tenants, usage, voices
+from declaim.api.store import lexicons, tenants, usage, voices
 from declaim.api.store.database import Base, Database, StoreUnavailable, default_url
 from declaim.engine.errors import InvalidConfig
 from tests.api.children import PROCESSES, migrate
 
-MODULES = (tenants, usage, voices)  # imported so that their tables are known
+MODULES = (lexicons, tenants, usage, voices)  # imported so that their tables are known
 
 
 def test_the_migrations_make_the_tables_that_the_code_knows(database: Database) -> None:
