@@ -1,21 +1,22 @@
-"""How much faster does declaim make the codes of a batch of Dia requests than transformers, on this CPU?
+"""How much faster does declaim make the codes of a batch of Dia requests than transformers, on the same machine?
 
-Method. One run, a process for each system (threads that computed before slow down the next: LOG.md), one
-checkpoint (Dia's architecture and vocabulary, random weights saved by transformers), float32,
-the same number of threads for all, 16 requests of 2 to 9 seconds, guidance 3, greedy or (--sampled) temperature 1.2,
-top_k 45, top_p 0.95. Compared are
+Method. One run, a process for each system (threads that computed before slow down the next: LOG.md), one checkpoint
+(Dia's architecture and vocabulary, random weights saved by transformers), one device, one dtype (float32 unless --dtype
+says otherwise), the same number of threads for all, 16 requests of 2 to 9 seconds, guidance 3, greedy or (--sampled)
+temperature 1.2, top_k 45, top_p 0.95. Compared are
 - transformers, one by one: a generate() for each request, with max_new_tokens of its own;
 - transformers, static batch: one generate() of all, padded, which runs until the longest is done; only the audio that
-  was asked for counts;
+  was asked for counts; and static batches of four, one after the other, which wait for the longest of four;
 - declaim: Engine.generate() of all at once.
 The head cannot draw an end, so lengths are exactly those asked for; each system's are checked. Tokenizing counts,
 turning codes into audio does not: declaim gets a vocoder that returns silence. What declaim takes with its vocoder is
 a row of its own; its codec is a small random one, so that row says what the plumbing costs and not what DAC does.
 Greedy codes are compared between the systems. transformers computes in another order, so where two codes are all but
-tied they may part; from there on a request has other codes.
+tied they may part, the sooner the coarser the dtype; from there on a request has other codes.
 Each system first runs one short request. The median of --repeats is reported.
 
-    python benchmarks/vs_transformers.py [--threads N] [--repeats N] [--sampled] [--alone] [--profile] [--quick]
+    python benchmarks/vs_transformers.py [--device cuda] [--dtype bfloat16] [--threads N] [--repeats N]
+        [--sampled] [--alone] [--profile] [--quick]
 """
 
 from __future__ import annotations
@@ -45,10 +46,11 @@ from declaim.engine import Engine, EngineConfig, SamplingParams, SpeechRequest
 from declaim.engine.loader import find_model, load_model
 from declaim.engine.vocoder.base import DecodedWindow, Wake, Window
 
-QUESTION = "Dia codes on this CPU: transformers one by one and in a static batch, and declaim"
+QUESTION = "Dia codes: transformers one by one and in a static batch, and declaim"
 SECONDS = (2.0, 7.3, 4.1, 9.0, 3.2, 5.5, 2.4, 8.1, 6.0, 2.9, 4.8, 7.0, 3.6, 5.1, 2.2, 6.6)
 QUICK_SECONDS = (0.3, 0.9, 0.5)
 CHARS_PER_SECOND = 15
+STATIC_BATCH = 4  # requests, of the smaller batches
 SHORT_FRAMES = 8  # of the request that warms a system up
 GUIDANCE, TEMPERATURE, TOP_K, TOP_P = 3.0, 1.2, 45, 0.95
 
@@ -114,21 +116,22 @@ class SilentVocoder:
 class Transformers:
     """transformers' pipeline up to the codes."""
 
-    def __init__(self, folder: Path, *, sampled: bool) -> None:
+    def __init__(self, folder: Path, *, sampled: bool, device: str, dtype: str) -> None:
         self._sampled = sampled
+        self._device = device
         with quiet_transformers():
-            model = DiaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
-            self._model = model.eval()
+            model: Any = DiaForConditionalGeneration.from_pretrained(folder, dtype=getattr(torch, dtype))
+            self._model = model.to(device).eval()
             # transformers types what its calls take and return too loosely for a checker.
             self._processor: Any = DiaProcessor.from_pretrained(folder)
 
     def generate(self, asks: Sequence[Ask]) -> Codes:
         """One batch, which runs until its longest request is done. Returns what each asked for."""
         with quiet_transformers(), torch.inference_mode():
-            inputs = self._processor(text=[ask.text for ask in asks], return_tensors="pt")
+            inputs = self._processor(text=[ask.text for ask in asks], return_tensors="pt").to(self._device)
             grids: Any = self._model.generate(**inputs, generation_config=self._settings(asks))
         longest = max(ask.num_frames for ask in asks)
-        frames = [_undelay(grid) for grid in grids.numpy()]
+        frames = [_undelay(grid) for grid in grids.cpu().numpy()]
         lengths = [len(codes) for codes in frames]
         if lengths != [longest] * len(asks):
             raise RuntimeError(f"transformers made {lengths} frames where {longest} were asked for")
@@ -184,6 +187,10 @@ def _speak(engine: Engine, asks: Sequence[Ask], *, sampled: bool) -> Codes:
     return [result.codes.astype(np.int64) for result in results]
 
 
+def _config(args: argparse.Namespace) -> EngineConfig:
+    return EngineConfig(device=args.device, dtype=args.dtype, max_batch=args.max_batch, num_threads=args.threads)
+
+
 def _silent_engine(folder: Path, config: EngineConfig) -> Engine:
     files, resolved = find_model(str(folder)), config.resolve()
     model, codec, _ = load_model(files, resolved)
@@ -204,10 +211,11 @@ def _timed(name: str, work: Callable[[], Codes], *, warm_up: Callable[[], object
 
 def _run_transformers(folder: Path, asks: Sequence[Ask], args: argparse.Namespace) -> list[Run]:
     torch.set_num_threads(args.threads)
-    theirs = Transformers(folder, sampled=args.sampled)
+    theirs = Transformers(folder, sampled=args.sampled, device=args.device, dtype=args.dtype)
     torch.manual_seed(0)
     short = [Ask(asks[0].text, SHORT_FRAMES)]
-    return [
+    groups = [asks[i : i + STATIC_BATCH] for i in range(0, len(asks), STATIC_BATCH)]
+    runs = [
         _timed(
             "transformers, one by one",
             lambda: [codes for ask in asks for codes in theirs.generate([ask])],
@@ -221,10 +229,20 @@ def _run_transformers(folder: Path, asks: Sequence[Ask], args: argparse.Namespac
             repeats=args.repeats,
         ),
     ]
+    if len(groups) > 1:
+        runs.append(
+            _timed(
+                f"transformers, static batches of {STATIC_BATCH}",
+                lambda: [codes for group in groups for codes in theirs.generate(group)],
+                warm_up=lambda: theirs.generate(short * STATIC_BATCH),
+                repeats=args.repeats,
+            )
+        )
+    return runs
 
 
 def _run_declaim(folder: Path, asks: Sequence[Ask], args: argparse.Namespace) -> list[Run]:
-    config = EngineConfig(max_batch=args.max_batch, num_threads=args.threads)
+    config = _config(args)
     short = [Ask(asks[0].text, SHORT_FRAMES)]
 
     def run(name: str, engine: Engine, groups: Sequence[Sequence[Ask]]) -> Run:
@@ -244,7 +262,7 @@ def _run_declaim(folder: Path, asks: Sequence[Ask], args: argparse.Namespace) ->
 
 
 def _run_declaim_with_vocoder(folder: Path, asks: Sequence[Ask], args: argparse.Namespace) -> list[Run]:
-    config = EngineConfig(max_batch=args.max_batch, num_threads=args.threads)
+    config = _config(args)
     short = [Ask(asks[0].text, SHORT_FRAMES)]
     with Engine.from_pretrained(folder, config) as engine:
         return [
@@ -316,6 +334,8 @@ def _report(runs: Sequence[Run], asks: Sequence[Ask], *, sampled: bool) -> dict[
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=QUESTION)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--repeats", type=int, default=1)
     parser.add_argument("--max-batch", type=int, default=16)
@@ -328,6 +348,8 @@ def _arguments() -> argparse.Namespace:
 
 def main() -> None:
     args = _arguments()
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise SystemExit(f"--device is cuda, and torch {torch.__version__} sees no GPU here: use cpu")
     torch.set_num_threads(args.threads)
     size = random_dia.TINY if args.quick else random_dia.MEDIUM
     scale = 0.15 if args.quick else 0.02
@@ -336,12 +358,12 @@ def main() -> None:
         Ask("[S1] " + text_of_length(max(20, int(wanted * CHARS_PER_SECOND)), skip=i), int(wanted * FRAME_RATE_HZ))
         for i, wanted in enumerate(seconds)
     ]
-    config = vars(args) | {"guidance": GUIDANCE, "dtype": "float32", "seconds": seconds, "model": asdict(size)}
+    config = vars(args) | {"guidance": GUIDANCE, "seconds": seconds, "model": asdict(size)}
     with tempfile.TemporaryDirectory(prefix="declaim-dia-") as name:
         config["decoder_parameters"] = random_dia.save_dia(Path(name), size, scale=scale)
         document = machine.begin(QUESTION, config)
         if args.profile:
-            with _silent_engine(Path(name), EngineConfig(max_batch=args.max_batch)) as engine:
+            with _silent_engine(Path(name), _config(args)) as engine:
                 result = profiling.profile_engine(engine, _requests(asks, sampled=args.sampled))
         else:
             result = _report(_compare(Path(name), asks, args), asks, sampled=args.sampled)
