@@ -440,7 +440,7 @@ class RayVocoderPool:
         """
         if not lost.is_owned:
             raise EngineError(f"{why}: initialise Ray anew and build a new pool, or leave Ray to the pool")
-        _log.error("ray lost workers=%d cause=%s; another is started or joined", len(self._workers), why)
+        _log.error("event=ray_lost workers=%d cause=%r", len(self._workers), why)
         self._num_restarts += len(self._workers)
         with self._changed:
             for worker in reversed(self._workers.values()):
@@ -463,10 +463,10 @@ class RayVocoderPool:
         try:
             self._join()
         except EngineError as error:
-            _log.warning("ray not joined cause=%s", error)
+            _log.warning("event=ray_not_joined cause=%r", str(error))
             self._on_failed_start(error, time.monotonic())
             return
-        _log.info("ray joined seconds=%.2f", time.monotonic() - now)
+        _log.info("event=ray_joined seconds=%.2f", time.monotonic() - now)
 
     def _decode_here(self) -> None:
         """The stand-in thread: decode what is queued, until a worker is ready to. Its samples are a worker's, for it
@@ -475,7 +475,7 @@ class RayVocoderPool:
         try:
             codec = load_codec(self._recipe)
         except ModelLoadError as error:
-            _log.error("stand-in not loaded cause=%s", error)
+            _log.error("event=stand_in_not_loaded cause=%r", str(error))
             return
         while True:
             with self._changed:
@@ -631,7 +631,7 @@ class RayVocoderPool:
         del self._workers[worker.number]
         _kill(worker)
         number, pid = worker.number, worker.pid
-        _log.info("worker lost number=%d pid=%s windows=%d cause=%s", number, pid, len(worker.jobs()), cause)
+        _log.info("event=worker_lost number=%d pid=%s windows=%d cause=%r", number, pid, len(worker.jobs()), str(cause))
         if worker.pid is None:
             self._on_failed_start(cause, now)
             return
@@ -764,7 +764,7 @@ def _kill(worker: _Worker) -> None:
     try:
         ray.kill(worker.handle, no_restart=True)
     except RayError:
-        _log.debug("worker already gone number=%d", worker.number)
+        _log.debug("event=worker_already_gone number=%d", worker.number)
 
 
 def _explain(error: BaseException) -> EngineError:
