@@ -442,6 +442,8 @@ class RayVocoderPool:
             raise EngineError(f"{why}: initialise Ray anew and build a new pool, or leave Ray to the pool")
         _log.error("event=ray_lost workers=%d cause=%r", len(self._workers), why)
         self._num_restarts += len(self._workers)
+        if self._stand_in is not None and not self._needs_stand_in:
+            self._stand_in.join()  # it is ending: of the last time that Ray was lost
         with self._changed:
             for worker in reversed(self._workers.values()):
                 self._put_back(worker.jobs())
