@@ -70,20 +70,25 @@ class Checkpoint:
         self.weight_bytes += taken.numel() * taken.element_size()
         return taken
 
-    def take_linear(self, parts: Sequence[tuple[str, int]], num_in: int, *, bias: str | None = None) -> Linear:
+    def take_linear(
+        self, parts: Sequence[tuple[str, int]], num_in: int, *, bias: str | None = None, is_gate_last: bool = False
+    ) -> Linear:
         """Hand out a layer whose outputs are those of `parts` side by side: names of weights, and outputs of each.
 
         int4 where the folder or the recipe makes all parts int4 of one group size. bias: the name of the whole layer's.
-        Raises: ModelLoadError.
+        is_gate_last: the outputs are [value | gate], and change places. Raises: ModelLoadError.
         """
         num_out = sum(size for _, size in parts)
         biases = None if bias is None else self.take(bias, (num_out,))
         group_size = self._group_size(parts, num_in)
         if group_size is None:
             weights = [self._take_dense(name, (size, num_in)) for name, size in parts]
-            return pack_linear(weights[0] if len(weights) == 1 else torch.cat(weights), bias=biases)
-        quantized = [self._take_int4(name, (size, num_in), group_size) for name, size in parts]
-        weight = lay_out_int4(concatenate_outputs(quantized), dtype=self._dtype, device=self._device)
+            dense = weights[0] if len(weights) == 1 else torch.cat(weights)
+            return pack_linear(dense.roll(num_out // 2, 0) if is_gate_last else dense, bias=biases)
+        quantized = concatenate_outputs([self._take_int4(name, (size, num_in), group_size) for name, size in parts])
+        if is_gate_last:
+            quantized = _swap_halves(quantized)
+        weight = lay_out_int4(quantized, dtype=self._dtype, device=self._device)
         self.weight_bytes += weight.num_bytes
         return Linear(weight, biases, num_out, is_packed=False)
 
@@ -122,6 +127,13 @@ class Checkpoint:
             for suffix, expected in zip(INT4_SUFFIXES, shapes, strict=True)
         )
         return Int4Weight(packed, scales, offsets, num_in)
+
+
+def _swap_halves(weight: Int4Weight) -> Int4Weight:
+    """The outputs' second half first."""
+    half = weight.num_out // 2
+    packed, scales, offsets = (part.roll(half, 1) for part in (weight.packed, weight.scales, weight.offsets))
+    return Int4Weight(packed, scales, offsets, weight.num_in)
 
 
 def quantize_tensor(tensor: torch.Tensor, group_size: int, *, name: str, folder: Path) -> Int4Weight:

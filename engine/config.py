@@ -31,7 +31,7 @@ _KEPT_DENSE: Mapping[str, tuple[str, ...]] = {
         *("*_embedding.*", "head.*", "duration.*", "side_proj.*"),
         *("decoder.*", "encoder.*.qkv_proj.*", "encoder.*.o_proj.*"),
     ),
-    "zonos": ("embeddings.*", "heads.*", "prefix_conditioner.*", "*.fc1.*"),
+    "zonos": ("embeddings.*", "heads.*", "prefix_conditioner.*"),
 }
 
 

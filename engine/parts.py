@@ -394,10 +394,7 @@ def lark_parts(config: Mapping[str, Any], codec_config: Mapping[str, Any], *, na
 
 
 def zonos_parts(config: Mapping[str, Any], codec_config: Mapping[str, Any], *, name: str) -> ModelParts:
-    """Zonos: a conditioning prefix, and a decoder of attention layers alone or among Mamba-2 layers.
-
-    The first layer of an MLP is dense in every precision: the checkpoint's halves change places as it is loaded.
-    """
+    """Zonos: a conditioning prefix, and a decoder of attention layers alone or among Mamba-2 layers."""
     backbone, prefix = _section(config, "backbone"), _section(config, "prefix_conditioner")
     attention, ssm = _section(backbone, "attn_cfg"), backbone.get("ssm_cfg") or {}
     hidden, depth = _count(backbone, "d_model"), _count(backbone, "n_layer")
@@ -412,14 +409,13 @@ def zonos_parts(config: Mapping[str, Any], codec_config: Mapping[str, Any], *, n
     channels, heads = inner + 2 * size, inner // head_dim
     projected = inner + channels + heads
     mamba = (Matrices(hidden, projected, num_mamba), Matrices(inner, hidden, num_mamba)) if num_mamba else ()
-    qkv, out, gate_up, down = layers.matrices
     num_codes = _ZONOS_CODEBOOKS * (config.get("eos_token_id", 1024) + 1)
     row = max(layers.live_elements, 4 * hidden + 2 * projected + 2 * channels + 2 * inner if num_mamba else 0)
     return ModelParts(
         name=name,
         weights=(
             WeightPart("prefix conditioner", num_plain=_conditioner_weights(prefix, hidden), reads_text=True),
-            WeightPart("decoder layers", matrices=(qkv, out, down, *mamba), num_plain=gate_up.num_weights),
+            WeightPart("decoder layers", matrices=(*layers.matrices, *mamba)),
             WeightPart("embeddings", num_plain=_ZONOS_CODEBOOKS * (config.get("masked_token_id", 1025) + 1) * hidden),
             WeightPart("heads", num_plain=num_codes * hidden),
             WeightPart(

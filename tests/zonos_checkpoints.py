@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 
 from declaim.engine.codec.base import CodecRecipe
 from declaim.engine.codec.load import load_codec
+from declaim.engine.config import Int4Recipe
 from declaim.engine.models.zonos import ZonosModel
 from declaim.engine.speaker import ENCODER_NAME, PROJECTION_NAME, SpeakerNet
 from declaim.engine.spec import CodecSpec
@@ -238,13 +239,14 @@ def make_zonos(
     return folder
 
 
-def load_zonos(folder: Path, *, codec: CodecSpec = DAC) -> ZonosModel:
-    """In float32 on the CPU; texts are taken for phonemes."""
+def load_zonos(folder: Path, *, codec: CodecSpec = DAC, recipe: Int4Recipe | None = None) -> ZonosModel:
+    """In float32 on the CPU, or as the recipe says; texts are taken for phonemes."""
     return ZonosModel.load(
         folder,
         codec=codec,
         dtype=torch.float32,
         device=torch.device("cpu"),
+        recipe=recipe,
         phonemize=lambda text, language: text,
     )
 

@@ -61,7 +61,7 @@ from declaim.engine.spec import (
 from declaim.engine.text import TextOptions, clean_text, speak
 from declaim.engine.words import Segment
 from declaim.kernels.codebooks import codebook_embedding
-from declaim.kernels.linear import Linear, linear, pack_linear
+from declaim.kernels.linear import linear, pack_linear
 from declaim.kernels.norm import add_layer_norm
 from declaim.kernels.rope import rotary_table
 
@@ -360,12 +360,6 @@ def _check_language(name: str | None) -> str:
     spoken = DEFAULT_LANGUAGE if name is None else find_language(name)
     if spoken is None:
         raise InvalidRequest(f"language is {name!r}: this model speaks {', '.join(LANGUAGES)}", param="language")
-    if spoken == "ja":
-        raise InvalidRequest(
-            "language is 'ja': Japanese needs readings of its characters, which this version does not make; send kana"
-            " under another language, or use another model",
-            param="language",
-        )
     return spoken
 
 
@@ -434,7 +428,7 @@ def _load_layer(config: ZonosConfig, weights: Checkpoint, index: int) -> _Layer:
         mlp_norm=mlp_norm,
         mlp=MlpWeights(
             norm=mlp_norm.weight,
-            gate_up=_take_gate_up(weights, f"{name}.mlp.fc1.weight", hidden, config.ffn),
+            gate_up=weights.take_linear([(f"{name}.mlp.fc1.weight", 2 * config.ffn)], hidden, is_gate_last=True),
             down=weights.take_linear([(f"{name}.mlp.fc2.weight", hidden)], config.ffn),
         ),
     )
@@ -453,12 +447,6 @@ def _num_head_rows(folder: Path, config: ZonosConfig) -> int:
             if name in file.keys():
                 return max(config.vocab_size, int(file.get_slice(name).get_shape()[0]))
     return config.vocab_size
-
-
-def _take_gate_up(weights: Checkpoint, name: str, hidden: int, ffn: int) -> Linear:
-    """The checkpoint has the value first and its gate second."""
-    value, gate = weights.take(name, (2 * ffn, hidden)).chunk(2)
-    return pack_linear(torch.cat([gate, value]))
 
 
 def _load_mamba(weights: Checkpoint, name: str, hidden: int, shape: MambaShape) -> MambaWeights:

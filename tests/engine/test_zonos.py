@@ -6,6 +6,7 @@ The reference's outputs lie in fixtures/zonos.npz; fixtures/make_zonos.py makes 
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import json
 import threading
 import time
@@ -31,9 +32,11 @@ from declaim.engine import (
     TooLong,
 )
 from declaim.engine.batch import Batch, Entry
-from declaim.engine.espeak import EspeakPhonemizer
+from declaim.engine.config import Int4Recipe
+from declaim.engine.espeak import EspeakPhonemizer, JapaneseReader
 from declaim.engine.loader import find_model
 from declaim.engine.models.base import PromptSettings, StepContext
+from declaim.engine.models.layers import AttentionWeights
 from declaim.engine.models.zonos import ZonosModel
 from declaim.engine.models.zonos_conditioning import PUNCTUATION, encode_phonemes
 from declaim.engine.parts import DAC_44KHZ, KNOWN_CONFIGS, describe_model
@@ -43,6 +46,7 @@ from declaim.engine.sequence import Playback, Sequence, SequenceInput
 from declaim.engine.states import StateSlots
 from declaim.engine.vocoder.inline import InlineVocoder
 from declaim.engine.words import Segment
+from declaim.kernels.linear import linear
 from tests.zonos_checkpoints import (
     CASES,
     CONFIGS,
@@ -253,8 +257,10 @@ def test_a_state_that_lost_its_slot_to_another_is_made_again(
         rows_taken_in_turns(model, turns, num_states=1), rows_taken_in_turns(model, turns, num_states=2), strict=True
     ):
         np.testing.assert_array_equal(got, wanted)
+    spec = model.spec.cache.state
+    assert spec is not None
     with pytest.raises(ValueError, match="a step of 2 sequences.*there are 1"):
-        StateSlots(model.spec.cache.state, 1, num_branches=2, dtype=torch.float32, device=model.device).hold([0, 1])
+        StateSlots(spec, 1, num_branches=2, dtype=torch.float32, device=model.device).hold([0, 1])
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -304,6 +310,30 @@ def test_phonemes_are_the_references(stored: Mapping[str, NDArray[Any]]) -> None
     phonemize = EspeakPhonemizer(punctuation=PUNCTUATION)
     for i, (text, language) in enumerate(ESPEAK):
         assert encode_phonemes(phonemize(text, language)) == tuple(stored[f"espeak.{i}"])
+
+
+@pytest.mark.parametrize(
+    ("text", "read"),
+    [
+        ("今日はいい天気ですね。", "キョウ ハ イイ テンキ デス ネ 。"),
+        ("東京　タワーは333メートルです！", "トウキョウ タワー ハ サンヒャクサンジュウサン メートル デス !"),
+        ("2,000円と１０％", "ニセン エン ト ジュウ パーセント"),
+    ],
+)
+def test_japanese_is_read_in_katakana(text: str, read: str) -> None:
+    pytest.importorskip("phonemizer")
+    pytest.importorskip("espeakng_loader")
+    pytest.importorskip("sudachipy")
+    assert JapaneseReader()(text) == read
+    phonemize = EspeakPhonemizer(punctuation=PUNCTUATION)
+    assert phonemize(text, "ja") == phonemize(read, "ja") != ""
+
+
+def test_without_a_japanese_dictionary_the_error_names_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if "sudachi" in name else find_spec(name))
+    with pytest.raises(InvalidRequest, match=r"'ja'.*sudachipy, sudachidict_core.*pip install 'declaim\[zonos-ja\]'"):
+        EspeakPhonemizer(punctuation=PUNCTUATION)("猫", "ja")
 
 
 def test_a_folder_is_served_by_its_name(checkpoint: Callable[[Case], Path]) -> None:
@@ -363,7 +393,6 @@ def test_controls_have_the_references_defaults_and_set_what_they_say(checkpoint:
         ({"controls": {"pitch_std": float("nan")}}, r"pitch_std is nan"),
         ({"controls": {"quality": 4.0}}, r"no control 'quality': it has emotion"),
         ({"language": "tlh"}, r"language is 'tlh'.*en-us"),
-        ({"language": "ja"}, r"Japanese"),
         ({"voice": EncodedVoice("", np.zeros((0, 9), np.int32), np.zeros(64, np.float32))}, r"\[64\].*\[128\]"),
     ],
 )
@@ -402,6 +431,34 @@ def test_the_plan_counts_the_weights_that_are_loaded(checkpoint: Callable[[Case]
     assert parts.weight_bytes("float32") - table == model.weight_bytes
     assert parts.cache == model.spec.cache
     assert (parts.max_positions, parts.num_drain_rows) == (model.spec.max_positions, model.spec.rule.num_drain_rows)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_int4_takes_in_every_layer_of_the_decoder_and_speaks(checkpoint: Callable[[Case], Path], family: str) -> None:
+    """The first layer of an MLP too, whose halves change places: the checkpoint has the value before its gate."""
+    folder = checkpoint(CASES[f"{family}-plain"])
+    model = load_zonos(folder, recipe=Int4Recipe.of_family("zonos"))
+    dense, x = load_zonos(folder), torch.randn(3, 64, generator=torch.Generator().manual_seed(0))
+    for layer, whole in zip(model._layers, dense._layers, strict=True):
+        mixers, wholes = layer.mixer, whole.mixer
+        pairs = [(mixers.out, wholes.out)]
+        if isinstance(mixers, AttentionWeights) and isinstance(wholes, AttentionWeights):
+            assert layer.mlp is not None and whole.mlp is not None
+            pairs += [
+                (mixers.qkv, wholes.qkv),
+                (layer.mlp.gate_up, whole.mlp.gate_up),
+                (layer.mlp.down, whole.mlp.down),
+            ]
+        for quantized, exact in pairs:
+            assert not isinstance(quantized.weight, torch.Tensor) and isinstance(exact.weight, torch.Tensor)
+            num_in = exact.weight.shape[0]
+            inputs = x.repeat(1, -(-num_in // 64))[:, :num_in].contiguous()
+            got, wanted = linear(inputs, quantized), linear(inputs, exact)
+            assert (got - wanted).norm() < 0.12 * wanted.norm()
+    with engine_of(model, folder) as engine:
+        request = SpeechRequest("wˈʌn", sampling=SamplingParams(seed=5, max_seconds=0.3), normalize=False)
+        alone, *both = engine.generate([request], progress=False) + engine.generate([request] * 2, progress=False)
+    assert all(result.error is None and np.array_equal(result.codes, alone.codes) for result in both)
 
 
 def test_the_published_models_are_planned_for_without_their_files() -> None:
