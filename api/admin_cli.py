@@ -22,6 +22,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from declaim.api.gate import NO_TENANT
 from declaim.api.terminal import exit_with, exits_on_error
 
 if TYPE_CHECKING:
@@ -210,7 +211,9 @@ def _build_tenants_cli(open_database: OpenDatabase) -> typer.Typer:
 
 def _build_usage_command(open_database: OpenDatabase) -> Callable[..., None]:
     def usage(
-        tenant: Annotated[str | None, typer.Option(help="Only this tenant's.")] = None,
+        tenant: Annotated[
+            str | None, typer.Option(help="Only this tenant's; (open) is what was used without a key.")
+        ] = None,
         since: Annotated[str, typer.Option(help="From when: 90m, 24h, 7d ago, or a date such as 2026-08-01.")] = "30d",
         until: Annotated[str | None, typer.Option(help="Up to, but without, this time; as --since.")] = None,
         by: Annotated[str, typer.Option(help="Add up by tenant, key, model, voice: some of them.")] = "tenant",
@@ -232,7 +235,7 @@ def _build_usage_command(open_database: OpenDatabase) -> Callable[..., None]:
         with opened(open_database, database) as store, store.reader() as session:
             sums = sum_usage(
                 session,
-                tenant=tenant,
+                tenant="" if tenant == NO_TENANT else tenant,
                 start=begin - begin % _DAY_S if daily else begin,
                 end=end,
                 width_s=_DAY_S if daily else end - begin,
@@ -243,7 +246,10 @@ def _build_usage_command(open_database: OpenDatabase) -> Callable[..., None]:
         rows: list[Sequence[Cell]] = [
             (
                 *([_date(item.start)[:10]] if daily else []),
-                *item.by,
+                *(
+                    value or NO_TENANT if name == "tenant" else value
+                    for name, value in zip(groups, item.by, strict=True)
+                ),
                 item.num_requests,
                 item.chars,
                 round(item.generated_s, 2),
@@ -330,6 +336,10 @@ def _parse_time(text: str, *, now: float, option: str) -> float:
 
 def _date(at: float | None) -> str:
     return "" if at is None else datetime.fromtimestamp(at, UTC).strftime("%Y-%m-%d %H:%M")
+
+
+def _shown(group: str, value: str | None) -> str | None:
+    return NO_TENANT if (group, value) == ("tenant", "") else value
 
 
 def say(message: str) -> None:

@@ -10,7 +10,7 @@ import asyncio
 import json
 import secrets
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,7 +19,6 @@ from numpy.typing import NDArray
 from starlette.datastructures import QueryParams
 
 from declaim.api.errors import InvalidBody, error_body
-from declaim.api.keys import check_affiliation
 from declaim.api.live_session import (
     ClauseAudio,
     LiveConfig,
@@ -33,13 +32,13 @@ from declaim.api.schemas import parse_speech_body
 from declaim.api.sockets import (
     CLOSE_NORMAL,
     CLOSE_POLICY,
+    Opening,
     Socket,
     SocketLimits,
     SocketPlaces,
-    deny,
+    SocketSession,
     finish_while_open,
-    serve_socket,
-    socket_credential,
+    open_socket,
 )
 from declaim.api.speech import MODEL_ALIASES
 from declaim.engine.errors import DeclaimError, InvalidRequest
@@ -66,33 +65,21 @@ class _Query:
     voice: str | None
 
 
-def build_deepgram_router(services: LiveServices, limits: SocketLimits, places: SocketPlaces) -> APIRouter:
+def build_deepgram_router(services: LiveServices, places: SocketPlaces) -> APIRouter:
     """The route of the WebSocket. places: shared by all WebSocket routes of a server."""
     router = APIRouter()
 
     @router.websocket(DEEPGRAM_PATH)
     async def speak(websocket: WebSocket) -> None:
-        credential, subprotocol = socket_credential(websocket)
-        try:
-            engine = services.serving.engine()
-            caller = await services.gate.authenticate(credential)
-            check_affiliation(caller, websocket.headers)
-            query = _read_query(websocket.query_params, model_name=engine.model_name)
-            await services.voices.resolve(caller.tenant, query.voice)
-            with places.place(caller.tenant):
-                request_id = str(uuid.uuid4())
-                await websocket.accept(subprotocol=subprotocol, headers=[(b"dg-request-id", request_id.encode())])
-                socket = Socket(websocket, limits)
-                metadata = {
-                    "type": "Metadata",
-                    "request_id": request_id,
-                    "model_name": engine.model_name,
-                    "model_version": "1",
-                    "model_uuid": str(uuid.uuid5(uuid.NAMESPACE_URL, engine.model_name)),
-                }
-                await _DeepgramSocket(socket, services, limits, query, credential=credential).serve(metadata)
-        except DeclaimError as error:
-            await deny(websocket, error)
+        request_id = str(uuid.uuid4())
+
+        async def prepare(opening: Opening) -> Callable[[Socket], SocketSession]:
+            query = _read_query(websocket.query_params, model_name=opening.engine.model_name)
+            await services.voices.resolve(opening.caller.tenant, query.voice)
+            return lambda socket: _DeepgramSocket(socket, services, places.limits, query, opening, request_id)
+
+        headers = {"dg-request-id": request_id}
+        await open_socket(websocket, services.serving, services.gate, places, prepare, headers=headers)
 
     return router
 
@@ -133,28 +120,39 @@ class _DeepgramSocket:
     """One client's socket and its session."""
 
     def __init__(
-        self, socket: Socket, services: LiveServices, limits: SocketLimits, query: _Query, *, credential: str | None
+        self,
+        socket: Socket,
+        services: LiveServices,
+        limits: SocketLimits,
+        query: _Query,
+        opening: Opening,
+        request_id: str,
     ) -> None:
         self._socket = socket
         self._limits = limits
         self._query = query
-        self._session = LiveSession(services, credential=credential, emit=self._emit)
+        self._model_name = opening.engine.model_name
+        self._request_id = request_id
+        self._session = LiveSession(services, credential=opening.credential, emit=self._emit)
         self._num_flushed = 0
         self._num_cleared = 0
 
-    async def serve(self, metadata: Mapping[str, object]) -> None:
-        """Until the client leaves or closes."""
-        await self._socket.send(metadata)
-        await serve_socket(self._socket, self._read(), broken=self._session.broken, end=self._session.close)
+    @property
+    def broken(self) -> asyncio.Future[None]:
+        """As `SocketSession`."""
+        return self._session.broken
 
-    async def _read(self) -> tuple[int, str]:
+    async def read(self) -> tuple[int, str]:
+        """As `SocketSession`."""
+        await self._greet()
         strikes = 0
         while strikes < self._limits.max_strikes:
             try:
                 async with asyncio.timeout(_IDLE_TIMEOUT_S):
                     message = await self._socket.receive()
                 if message.get("type") == "Close":
-                    return await self._close()
+                    await self.finish()
+                    return CLOSE_NORMAL, ""
                 await self._handle(message)
                 strikes = 0
             except TimeoutError:
@@ -165,13 +163,27 @@ class _DeepgramSocket:
                 strikes += 1
         return CLOSE_POLICY, f"{strikes} messages in a row could not be used"
 
-    async def _close(self) -> tuple[int, str]:
-        """Speak what there is, then close."""
+    async def finish(self) -> None:
+        """As `SocketSession`. A Clear is still heard."""
         if self._session.is_open:
             self._session.end_utterance(self._query.config)
         if await finish_while_open(self._socket, self._session.finish(), cancel="Clear"):
             await self._clear()
-        return CLOSE_NORMAL, ""
+
+    async def end(self) -> None:
+        """As `SocketSession`."""
+        await self._session.close()
+
+    async def _greet(self) -> None:
+        await self._socket.send(
+            {
+                "type": "Metadata",
+                "request_id": self._request_id,
+                "model_name": self._model_name,
+                "model_version": "1",
+                "model_uuid": str(uuid.uuid5(uuid.NAMESPACE_URL, self._model_name)),
+            }
+        )
 
     async def _handle(self, message: Mapping[str, object]) -> None:
         kind = message.get("type")

@@ -1,7 +1,7 @@
 """Who may ask for what: every request passes a gate before it costs anything.
 
 Owns the words between the gate and its users: a Caller is who asks, an Admission is one request let in, a Usage is what
-became of it. `OpenGate` is the gate of a server on which no key was ever made.
+became of it. `OpenGate` is the gate of an application without a database.
 """
 
 from __future__ import annotations
@@ -15,6 +15,9 @@ from starlette.datastructures import Headers, QueryParams
 
 from declaim.engine.errors import InvalidRequest
 from declaim.engine.request import Tier
+
+NO_TENANT = "(open)"
+"""How the tenant "" is shown to people: no tenant can be called so."""
 
 NO_HEADERS: Mapping[str, str] = MappingProxyType({})
 
@@ -64,6 +67,13 @@ class Admission(Protocol):
         """What its answer tells of the caller's limits (x-ratelimit-*), and its tier."""
         ...
 
+    async def charge(self, chars: int) -> None:
+        """Charge more text to it, of a request that comes in pieces.
+
+        Raises: RateLimited, QuotaExceeded; then nothing was charged, and what was before goes on.
+        """
+        ...
+
     def close(self, usage: Usage) -> None:
         """Give its place back and write its usage down. Call it once, whatever happened; never blocks."""
         ...
@@ -107,12 +117,15 @@ class _OpenAdmission:
     tier: Tier
     headers: Mapping[str, str] = field(default_factory=dict)
 
+    async def charge(self, chars: int) -> None:
+        """Nobody's limits are met."""
+
     def close(self, usage: Usage) -> None:
         """Nothing is kept of it."""
 
 
 class OpenGate:
-    """Lets everybody in, whatever key they send."""
+    """Lets everybody in, whatever key they send, and keeps nothing of it."""
 
     async def authenticate(self, credential: str | None) -> Caller:
         return Caller()

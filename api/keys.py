@@ -3,8 +3,9 @@
 Owns the cache of keys that were looked up, and how a request's place comes back. What keys and limits are is in
 `store/tenants.py`, how processes share them in `limiter.py`. A key itself is never stored, logged or shown.
 
-Open servers: with `open_without_keys` everybody is let in until the first key is made, by any process; within `cache_s`
-of that the server asks for keys, for ever: revoking the last key does not open it again.
+Open servers: with `open_always` nobody is asked for a key. With `open_without_keys` everybody is let in until the first
+key is made, by any process; within `cache_s` of that the server asks for keys, for ever: revoking the last key does not
+open it again. Who comes in without a key has no limits, and what it uses is written down under the tenant "".
 """
 
 from __future__ import annotations
@@ -58,6 +59,7 @@ class KeyGate:
         database: Database,
         *,
         ledger: Ledger,
+        open_always: bool = False,
         open_without_keys: bool = False,
         cache_s: float = 3.0,
         max_cached: int = 10_000,
@@ -72,6 +74,7 @@ class KeyGate:
         # used by the event loop alone
         self._cached: OrderedDict[bytes, _Cached] = OrderedDict()
         self._looking_up: dict[bytes, asyncio.Task[Caller | None]] = {}
+        self._is_always_open = open_always
         self._may_be_open = open_without_keys
         self._open_until = 0.0
         self._lookups = ThreadPoolExecutor(_LOOKUP_THREADS, thread_name_prefix="declaim-keys")
@@ -82,7 +85,7 @@ class KeyGate:
 
         Raises: InvalidApiKey, StoreUnavailable.
         """
-        if self._may_be_open and await self._is_open():
+        if self._is_always_open or (self._may_be_open and await self._is_open()):
             return Caller()
         if credential is None:
             raise InvalidApiKey(
@@ -187,7 +190,7 @@ class KeyGate:
 
     def _give_back(self, future: Future[Lease]) -> None:
         if not future.cancelled() and future.exception() is None:
-            self._limits.release(future.result(), refund=True)
+            self._limits.release(future.result(), refund_chars=future.result().chars)
 
 
 class _KeyAdmission:
@@ -211,7 +214,14 @@ class _KeyAdmission:
         self._lease = lease
         self._limits = limits
         self._ledger = ledger
+        self._num_chars = 0 if lease is None else lease.chars
         self._is_closed = False
+
+    async def charge(self, chars: int) -> None:
+        """Charge more text to it. Raises: as `KeyGate.admit`."""
+        if self._lease is not None:
+            await asyncio.wrap_future(self._limits.charge(self._lease, chars=chars))
+            self._num_chars += chars
 
     def close(self, usage: Usage) -> None:
         """Give the place back and write the usage down, once however often it is called; never blocks."""
@@ -220,7 +230,7 @@ class _KeyAdmission:
         self._is_closed = True
         if self._lease is not None:
             # Our failure does not count against the month.
-            self._limits.release(self._lease, refund=usage.status >= 500)
+            self._limits.release(self._lease, refund_chars=self._num_chars if usage.status >= 500 else 0)
         self._ledger.write(
             UsageRecord.of(
                 usage,

@@ -1,9 +1,9 @@
 """Limits that several API processes share through the database.
 
-Owns one thread, which settles everything that waits in one transaction: ends of streams first, then admissions in
-their order. So a flood of requests costs the database no more than one, admission is all or nothing, and processes take
-turns by the row lock of a tenant's meter. Owns this process's leases too, and renews them; those of a process that
-died run out. The rules are in `limits.py`.
+Owns one thread, which settles everything that waits in one transaction: ends of streams first, then what asks to be let
+in or for more, in its order. So a flood of requests costs the database no more than one, admission is all or nothing,
+and processes take turns by the row lock of a tenant's meter. Owns this process's leases too, and renews them; those of
+a process that died run out. The rules are in `limits.py`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from dataclasses import dataclass, field, replace
 import sqlalchemy as sa
 from sqlalchemy import exc, orm
 
-from declaim.api.limits import Meter, headers_of, refill, take
+from declaim.api.limits import Meter, headers_of, refill, take, take_more
 from declaim.api.store.database import Database, StoreUnavailable
 from declaim.api.store.tenants import Limits, StreamLease, Tenant, TenantMeter, limits_of
 from declaim.api.tenant_errors import InvalidApiKey, QuotaExceeded, RateLimited
@@ -51,9 +51,45 @@ class _Admit:
 
 
 @dataclass(frozen=True, slots=True)
+class _Charge:
+    lease: Lease
+    chars: int
+    future: Future[None]
+
+
+@dataclass(frozen=True, slots=True)
 class _Release:
     lease: Lease
     refund_chars: int
+
+
+@dataclass(frozen=True, slots=True)
+class _LetIn:
+    future: Future[Lease]
+    lease: Lease
+
+    def tell(self) -> None:
+        self.future.set_result(self.lease)
+
+
+@dataclass(frozen=True, slots=True)
+class _Charged:
+    future: Future[None]
+
+    def tell(self) -> None:
+        self.future.set_result(None)
+
+
+@dataclass(frozen=True, slots=True)
+class _Refused:
+    future: Future[Lease] | Future[None]
+    error: Exception
+
+    def tell(self) -> None:
+        self.future.set_exception(self.error)
+
+
+_Answer = _LetIn | _Charged | _Refused
 
 
 @dataclass(slots=True)
@@ -75,7 +111,7 @@ class SharedLimits:
         self._database = database
         self._lease_s = lease_s
         self._process_id = uuid.uuid4().hex
-        self._waiting: list[_Admit | _Release] = []  # guarded by _changed
+        self._waiting: list[_Admit | _Charge | _Release] = []  # guarded by _changed
         self._live: set[str] = set()  # leases of streams that run; guarded by _changed
         self._is_closing = False
         self._changed = threading.Condition()
@@ -89,18 +125,21 @@ class SharedLimits:
         that is not the tenant's, StoreUnavailable, EngineClosed.
         """
         future: Future[Lease] = Future()
-        with self._changed:
-            if self._is_closing:
-                future.set_exception(EngineClosed("the server is being closed: try again"))
-            elif len(self._waiting) >= _MAX_WAITING:
-                future.set_exception(StoreUnavailable(f"{_MAX_WAITING} requests wait for the database"))
-            else:
-                self._waiting.append(_Admit(tenant, chars, tier, future))
-                self._changed.notify()
+        self._ask(_Admit(tenant, chars, tier, future))
         return future
 
-    def release(self, lease: Lease, *, refund: bool = False) -> None:
-        """Give a place back; the second time does nothing. refund: its characters do not count against the month.
+    def charge(self, lease: Lease, *, chars: int) -> Future[None]:
+        """Charge more text to a stream that was let in; the lease's own `chars` stay those of its beginning.
+
+        Never blocks. The future raises: as `admit`; then nothing was charged.
+        """
+        future: Future[None] = Future()
+        self._ask(_Charge(lease, chars, future))
+        return future
+
+    def release(self, lease: Lease, *, refund_chars: int = 0) -> None:
+        """Give a place back; the second time does nothing. refund_chars: of all that was charged to it, how many do not
+        count against the month.
 
         Never blocks.
         """
@@ -108,7 +147,7 @@ class SharedLimits:
             if lease.id not in self._live:
                 return
             self._live.discard(lease.id)
-            self._waiting.append(_Release(lease, lease.chars if refund else 0))
+            self._waiting.append(_Release(lease, refund_chars))
             self._changed.notify()
 
     @property
@@ -122,6 +161,16 @@ class SharedLimits:
             self._is_closing = True
             self._changed.notify()
         self._thread.join()
+
+    def _ask(self, item: _Admit | _Charge) -> None:
+        with self._changed:
+            if self._is_closing:
+                item.future.set_exception(EngineClosed("the server is being closed: try again"))
+            elif len(self._waiting) >= _MAX_WAITING:
+                item.future.set_exception(StoreUnavailable(f"{_MAX_WAITING} requests wait for the database"))
+            else:
+                self._waiting.append(item)
+                self._changed.notify()
 
     def _run(self) -> None:
         renew_at = time.monotonic() + self._lease_s / 3
@@ -140,37 +189,33 @@ class SharedLimits:
             if is_last:
                 return
 
-    def _settle(self, batch: list[_Admit | _Release]) -> None:
+    def _settle(self, batch: list[_Admit | _Charge | _Release]) -> None:
         releases = [item for item in batch if isinstance(item, _Release)]
         # A request whose client has gone meanwhile is not let in.
-        admits = [item for item in batch if isinstance(item, _Admit) and item.future.set_running_or_notify_cancel()]
-        answers: list[tuple[_Admit, Lease | Exception]] = []
+        asked = [
+            item for item in batch if not isinstance(item, _Release) and item.future.set_running_or_notify_cancel()
+        ]
+        answers: list[_Answer] = []
         try:
             with self._database.session() as session:
-                accounts = self._open(session, admits, releases)
+                accounts = self._open(session, {_tenant_of(item) for item in (*asked, *releases)}, releases)
                 for release in releases:
                     _refund(accounts.get(release.lease.tenant), release)
-                answers = [(item, _begin(accounts.get(item.tenant), item)) for item in admits]
+                answers = [_decide(accounts.get(_tenant_of(item)), item) for item in asked]
                 self._save(session, accounts)
         except (StoreUnavailable, exc.SQLAlchemyError) as error:
             # What these releases should have deleted is deleted by the next _renew.
             if not isinstance(error, StoreUnavailable):
                 error = StoreUnavailable(" ".join(str(error).split()))
-            logger.error("limits_unavailable admissions=%d error=%r", len(admits), error.detail)
-            answers = [(item, error) for item in admits]
+            logger.error("limits_unavailable requests=%d error=%r", len(asked), error.detail)
+            answers = [_Refused(item.future, error) for item in asked]
         with self._changed:
-            self._live |= {answer.id for _, answer in answers if isinstance(answer, Lease)}
-        for item, answer in answers:
-            if isinstance(answer, Lease):
-                item.future.set_result(answer)
-            else:
-                item.future.set_exception(answer)
+            self._live |= {answer.lease.id for answer in answers if isinstance(answer, _LetIn)}
+        for answer in answers:
+            answer.tell()
 
-    def _open(
-        self, session: orm.Session, admits: Sequence[_Admit], releases: Sequence[_Release]
-    ) -> dict[str, _Account]:
+    def _open(self, session: orm.Session, tenants: set[str], releases: Sequence[_Release]) -> dict[str, _Account]:
         """Lock the tenants' meters, always in the same order; end what ended, and read where they stand."""
-        tenants = {item.tenant for item in admits} | {item.lease.tenant for item in releases}
         rows = session.execute(
             sa.select(Tenant, TenantMeter, self._database.now())
             .join(TenantMeter, TenantMeter.tenant_id == Tenant.id)
@@ -263,18 +308,30 @@ class SharedLimits:
             logger.warning("leases_not_renewed num_streams=%d error=%r", len(live), detail)
 
 
-def _begin(account: _Account | None, item: _Admit) -> Lease | Exception:
-    """Charge an admission to its tenant; what its future shall hold."""
-    if account is None:
-        return InvalidApiKey(f"tenant {item.tenant} was removed: ask for a new key")
+def _tenant_of(item: _Admit | _Charge | _Release) -> str:
+    return item.tenant if isinstance(item, _Admit) else item.lease.tenant
+
+
+def _decide(account: _Account | None, item: _Admit | _Charge) -> _Answer:
+    """Charge what is asked to its tenant, or refuse it."""
+    try:
+        if account is None:
+            raise InvalidApiKey(f"tenant {_tenant_of(item)} was removed: ask for a new key")
+        if isinstance(item, _Charge):
+            account.meter = take_more(account.meter, account.limits, chars=item.chars, tenant=item.lease.tenant)
+            return _Charged(item.future)
+        return _LetIn(item.future, _begin(account, item))
+    except (RateLimited, QuotaExceeded, InvalidApiKey, InvalidRequest) as error:
+        return _Refused(item.future, error)
+
+
+def _begin(account: _Account, item: _Admit) -> Lease:
+    """Raises: InvalidRequest, RateLimited, QuotaExceeded."""
     if item.tier not in account.limits.tiers:
         allowed = ", ".join(account.limits.tiers)
         message = f"service_tier {item.tier!r} is not open to tenant {item.tenant}: it may use {allowed}"
-        return InvalidRequest(message, param="service_tier")
-    try:
-        account.meter = take(account.meter, account.limits, chars=item.chars, tenant=item.tenant)
-    except (RateLimited, QuotaExceeded) as error:
-        return error
+        raise InvalidRequest(message, param="service_tier")
+    account.meter = take(account.meter, account.limits, chars=item.chars, tenant=item.tenant)
     lease = Lease(uuid.uuid4().hex, item.tenant, item.chars, headers_of(account.meter, account.limits))
     account.began.append(lease.id)
     return lease

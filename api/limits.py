@@ -62,6 +62,24 @@ def take(meter: Meter, limits: Limits, *, chars: int, tenant: str) -> Meter:
     Raises: QuotaExceeded, RateLimited, TooManyStreams.
     """
     headers = headers_of(meter, limits)
+    meter = _take_chars(meter, limits, num_requests=1, chars=chars, tenant=tenant)
+    if limits.max_streams is not None and meter.num_streams >= limits.max_streams:
+        raise TooManyStreams(
+            f"{meter.num_streams} requests of tenant {tenant} run, {limits.max_streams} may run at once: "
+            f"let one end, or have the limit raised",
+            retry_after_s=_STREAM_RETRY_S,
+            headers=headers,
+        )
+    return replace(meter, num_streams=meter.num_streams + 1)
+
+
+def take_more(meter: Meter, limits: Limits, *, chars: int, tenant: str) -> Meter:
+    """Charge more text to a request that was let in; as `take`. Raises: QuotaExceeded, RateLimited."""
+    return _take_chars(meter, limits, num_requests=0, chars=chars, tenant=tenant)
+
+
+def _take_chars(meter: Meter, limits: Limits, *, num_requests: int, chars: int, tenant: str) -> Meter:
+    headers = headers_of(meter, limits)
     quota = limits.chars_per_month
     if quota is not None and meter.month_chars + chars > quota:
         raise QuotaExceeded(
@@ -76,7 +94,9 @@ def take(meter: Meter, limits: Limits, *, chars: int, tenant: str) -> Meter:
             headers=headers,
         )
     waits_s = {
-        f"{limits.requests_per_minute} requests": _wait_s(meter.requests_left, limits.requests_per_minute, 1),
+        f"{limits.requests_per_minute} requests": _wait_s(
+            meter.requests_left, limits.requests_per_minute, num_requests
+        ),
         f"{limits.chars_per_minute} characters": _wait_s(meter.chars_left, limits.chars_per_minute, chars),
     }
     limit, wait_s = max(waits_s.items(), key=lambda item: item[1])
@@ -86,19 +106,11 @@ def take(meter: Meter, limits: Limits, *, chars: int, tenant: str) -> Meter:
             retry_after_s=wait_s,
             headers=headers,
         )
-    if limits.max_streams is not None and meter.num_streams >= limits.max_streams:
-        raise TooManyStreams(
-            f"{meter.num_streams} requests of tenant {tenant} run, {limits.max_streams} may run at once: "
-            f"let one end, or have the limit raised",
-            retry_after_s=_STREAM_RETRY_S,
-            headers=headers,
-        )
     return replace(
         meter,
-        requests_left=None if meter.requests_left is None else meter.requests_left - 1,
+        requests_left=None if meter.requests_left is None else meter.requests_left - num_requests,
         chars_left=None if meter.chars_left is None else meter.chars_left - chars,
         month_chars=meter.month_chars + chars,
-        num_streams=meter.num_streams + 1,
     )
 
 

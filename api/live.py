@@ -17,14 +17,13 @@ import asyncio
 import base64
 import json
 import secrets
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import cast
 
 from fastapi import APIRouter, WebSocket
 
 from declaim.api.clauses import Granularity
 from declaim.api.errors import MissingParameter, answer_for, error_body
-from declaim.api.keys import check_affiliation
 from declaim.api.live_session import (
     ClauseAudio,
     ClauseBegun,
@@ -43,15 +42,16 @@ from declaim.api.schemas import parse_speech_body
 from declaim.api.sockets import (
     CLOSE_NORMAL,
     CLOSE_POLICY,
+    Opening,
     Socket,
     SocketLimits,
     SocketPlaces,
-    deny,
+    SocketSession,
     finish_while_open,
-    serve_socket,
-    socket_credential,
+    open_socket,
 )
 from declaim.api.speech import to_request, voice_name
+from declaim.api.tenant_errors import RateLimited
 from declaim.engine.errors import DeclaimError, InvalidRequest
 from declaim.engine.request import EncodedVoice, Word
 
@@ -61,22 +61,16 @@ _GRANULARITIES = ("none", "sentence", "clause")
 _MAX_LABEL_CHARS = 128
 
 
-def build_live_router(services: LiveServices, limits: SocketLimits, places: SocketPlaces) -> APIRouter:
+def build_live_router(services: LiveServices, places: SocketPlaces) -> APIRouter:
     """The route of the WebSocket. places: shared by all WebSocket routes of a server."""
     router = APIRouter()
 
+    async def prepare(opening: Opening) -> Callable[[Socket], SocketSession]:
+        return lambda socket: _LiveSocket(socket, services, places.limits, credential=opening.credential)
+
     @router.websocket(LIVE_PATH)
     async def speak_live(websocket: WebSocket) -> None:
-        credential, subprotocol = socket_credential(websocket)
-        try:
-            services.serving.engine()
-            caller = await services.gate.authenticate(credential)
-            check_affiliation(caller, websocket.headers)
-            with places.place(caller.tenant):
-                await websocket.accept(subprotocol=subprotocol)
-                await _LiveSocket(Socket(websocket, limits), services, limits, credential=credential).serve()
-        except DeclaimError as error:
-            await deny(websocket, error)
+        await open_socket(websocket, services.serving, services.gate, places, prepare)
 
     return router
 
@@ -97,12 +91,13 @@ class _LiveSocket:
         self._num_bytes = 0  # of the clause so far
         self._num_chunks = 0
 
-    async def serve(self) -> None:
-        """Until the client leaves, closes, or does not keep to the protocol."""
-        await serve_socket(self._socket, self._read(), broken=self._session.broken, end=self._session.close)
+    @property
+    def broken(self) -> asyncio.Future[None]:
+        """As `SocketSession`."""
+        return self._session.broken
 
-    async def _read(self) -> tuple[int, str]:
-        """Handle messages. Returns why and how to close."""
+    async def read(self) -> tuple[int, str]:
+        """As `SocketSession`."""
         strikes = 0
         while strikes < self._limits.max_strikes:
             limit_s = self._limits.config_timeout_s if self._config is None else self._limits.idle_timeout_s
@@ -110,7 +105,8 @@ class _LiveSocket:
                 async with asyncio.timeout(limit_s):
                     message = await self._socket.receive()
                 if message.get("type") == "session.close":
-                    return await self._close()
+                    await self.finish()
+                    return CLOSE_NORMAL, ""
                 await self._handle(message)
                 strikes = 0
             except TimeoutError:
@@ -126,13 +122,16 @@ class _LiveSocket:
                 strikes += 1
         return CLOSE_POLICY, f"{strikes} messages in a row could not be used"
 
-    async def _close(self) -> tuple[int, str]:
-        """Speak what there is, then close."""
+    async def finish(self) -> None:
+        """As `SocketSession`. A cancel is still heard."""
         if self._session.is_open and self._config is not None:
             self._session.end_utterance(self._config)
         if await finish_while_open(self._socket, self._session.finish(), cancel="input.cancel"):
             await self._cancel()
-        return CLOSE_NORMAL, ""
+
+    async def end(self) -> None:
+        """As `SocketSession`."""
+        await self._session.close()
 
     async def _handle(self, message: Mapping[str, object]) -> None:
         kind = message.get("type")
@@ -220,7 +219,7 @@ class _LiveSocket:
 
     async def _tell(self, error: DeclaimError, utterance: Utterance | None = None) -> None:
         about = {} if utterance is None else _about(utterance)
-        retry_after_s = answer_for(error).retry_after_s
+        retry_after_s = error.retry_after_s if isinstance(error, RateLimited) else answer_for(error).retry_after_s
         retry = {} if retry_after_s is None else {"retry_after": retry_after_s}
         await self._socket.send({"type": "error", "message": str(error), **error_body(error), **about, **retry})
 
@@ -241,12 +240,12 @@ class _LiveSocket:
                         **_about(utterance),
                         "total_sentences": utterance.num_heard,
                         "error": utterance.failure is not None,
-                        "characters": utterance.num_chars,
+                        "characters": utterance.num_charged,
                         "audio_seconds": round(utterance.delivered_s, 3),
                         "usage": {
-                            "input_tokens": utterance.num_chars,
+                            "input_tokens": utterance.num_charged,
                             "output_tokens": utterance.num_frames,
-                            "total_tokens": utterance.num_chars + utterance.num_frames,
+                            "total_tokens": utterance.num_charged + utterance.num_frames,
                         },
                     }
                 )

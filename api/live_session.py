@@ -120,6 +120,7 @@ class Utterance:
     clauses: deque[str] = field(default_factory=deque)
     is_whole: bool = False
     num_chars: int = 0
+    num_charged: int = 0  # of them, to the caller; a clause is charged before it is spoken
     first_clause_at: float = 0.0  # time.perf_counter()
     # as it is spoken
     speaker_tag: str = ""  # the last one of a dialogue, for the clause after it
@@ -284,18 +285,20 @@ class LiveSession:
 
     async def _speak_admitted(self, utterance: Utterance) -> None:
         services, config = self._services, utterance.config
-        engine = services.serving.engine()
+        engine = services.serving.engine_for_accepted()
         caller = await services.gate.authenticate(self._credential)
         voice: EncodedVoice | str | None = config.reference
         if voice is None:
             voice = await services.voices.resolve(caller.tenant, voice_name(config.body))
         lexicon = await services.lexicons.entries(caller.tenant)
+        num_chars = utterance.num_chars
         admission = await services.gate.admit(
             caller,
             request_id=utterance.request_id,
-            chars=sum(map(len, utterance.clauses)),
+            chars=num_chars,
             service_tier=config.body.service_tier,
         )
+        utterance.num_charged = num_chars
         how = Rendering(
             config.response_format, sample_rate_hz=config.body.sample_rate, tempo=tempo_of(config.body, engine.spec)
         )
@@ -314,7 +317,7 @@ class LiveSession:
 
         status, outcome = 499, "client_gone"
         try:
-            await self._deliver(utterance, start)
+            await self._deliver(utterance, admission, start)
             status, outcome = 200, "complete"
         except DeclaimError as error:
             status, outcome = answer_for(error).status, "cut"
@@ -322,7 +325,9 @@ class LiveSession:
         finally:
             self._account(utterance, admission, model=engine.model_name, status=status, outcome=outcome)
 
-    async def _deliver(self, utterance: Utterance, start: Callable[[str, int], AsyncGenerator[Part, None]]) -> None:
+    async def _deliver(
+        self, utterance: Utterance, admission: Admission, start: Callable[[str, int], AsyncGenerator[Part, None]]
+    ) -> None:
         """Speak an utterance's clauses in order, at most `_CLAUSES_AT_ONCE` of them in the engine."""
         begun: asyncio.Queue[_ClauseStream | None] = asyncio.Queue()
         room = asyncio.Semaphore(_CLAUSES_AT_ONCE)
@@ -330,6 +335,7 @@ class LiveSession:
         async def begin_clauses() -> None:
             while await self._has_clause(utterance):
                 await room.acquire()
+                await _charge(utterance, admission)
                 text = _tagged(utterance, utterance.clauses.popleft())
                 index, utterance.num_started = utterance.num_started, utterance.num_started + 1
                 begun.put_nowait(_ClauseStream(text, index, start(text, index), utterance))
@@ -378,7 +384,7 @@ class LiveSession:
             model=model,
             voice="ref_audio" if config.reference is not None else voice_name(config.body) or "default",
             response_format=config.response_format,
-            chars=utterance.num_chars,
+            chars=utterance.num_charged,
             frames=utterance.num_frames,
             generated_s=utterance.generated_s,
             delivered_s=utterance.delivered_s,
@@ -398,6 +404,14 @@ class LiveSession:
             usage.delivered_s,
             ttfa,
         )
+
+
+async def _charge(utterance: Utterance, admission: Admission) -> None:
+    """Charge the text that came since the last clause began. Raises: RateLimited, QuotaExceeded."""
+    num_chars = utterance.num_chars
+    if num_chars > utterance.num_charged:
+        await admission.charge(num_chars - utterance.num_charged)
+        utterance.num_charged = num_chars
 
 
 def _tagged(utterance: Utterance, clause: str) -> str:

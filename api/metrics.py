@@ -18,7 +18,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.multiprocess import MultiProcessCollector
 from prometheus_client.registry import Collector
 
-from declaim.api.gate import Admission, Caller, Gate, Usage
+from declaim.api.gate import NO_TENANT, Admission, Caller, Gate, Usage
 from declaim.api.serving import Serving
 from declaim.api.tenant_errors import QuotaExceeded, RateLimited, TooManyStreams
 from declaim.engine.request import Tier
@@ -29,7 +29,6 @@ _RTF_BUCKETS = (0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 0.85, 1.0, 1.2, 1.5, 2.0, 4
 # A label is a time series for ever: past so many tenants the next ones share one.
 MAX_TENANT_LABELS = 50
 OTHER_TENANTS = "other"
-NO_TENANT = "(open)"  # no tenant can be called so
 
 AskedBy = Literal["http", "live"]
 
@@ -221,13 +220,12 @@ def _limit_of(error: RateLimited | QuotaExceeded) -> str:
 
 
 class MeteredGate:
-    """A gate whose admissions are counted. num_open: those that are not closed."""
+    """A gate whose admissions are counted."""
 
     def __init__(self, gate: Gate, metrics: GateMetrics, *, asked_by: AskedBy) -> None:
         self._gate = gate
         self._metrics = metrics
         self._asked_by: AskedBy = asked_by
-        self.num_open = 0  # used by the event loop alone
 
     async def authenticate(self, credential: str | None) -> Caller:
         """As the gate behind it."""
@@ -240,21 +238,26 @@ class MeteredGate:
         except (RateLimited, QuotaExceeded) as error:
             self._metrics.refused(error)
             raise
-        self.num_open += 1
         self._metrics.admitted(self._asked_by)
         began_s = time.perf_counter()
 
         def count(usage: Usage) -> None:
-            self.num_open -= 1
             self._metrics.ended(caller.tenant, self._asked_by, usage, wall_s=time.perf_counter() - began_s)
 
-        return _MeteredAdmission(admission, count)
+        return _MeteredAdmission(admission, count, refused=self._metrics.refused)
 
 
 class _MeteredAdmission:
-    def __init__(self, admission: Admission, count: Callable[[Usage], None]) -> None:
+    def __init__(
+        self,
+        admission: Admission,
+        count: Callable[[Usage], None],
+        *,
+        refused: Callable[[RateLimited | QuotaExceeded], None],
+    ) -> None:
         self._admission = admission
         self._count = count
+        self._refused = refused
         self._is_closed = False
 
     @property
@@ -264,6 +267,14 @@ class _MeteredAdmission:
     @property
     def headers(self) -> Mapping[str, str]:
         return self._admission.headers
+
+    async def charge(self, chars: int) -> None:
+        """As the admission behind it."""
+        try:
+            await self._admission.charge(chars)
+        except (RateLimited, QuotaExceeded) as error:
+            self._refused(error)
+            raise
 
     def close(self, usage: Usage) -> None:
         """Counted once however often it is called."""

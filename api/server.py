@@ -24,7 +24,7 @@ from starlette.types import ASGIApp
 
 from declaim.api.app import create_app
 from declaim.api.deepgram import build_deepgram_router
-from declaim.api.gate import Gate, OpenGate
+from declaim.api.gate import Gate
 from declaim.api.keys import KeyGate
 from declaim.api.ledger import Ledger
 from declaim.api.lexicon import LexiconStore, build_lexicon_router
@@ -65,10 +65,11 @@ class ServerOptions:
 
 @dataclass(frozen=True, slots=True)
 class ServedApp:
-    """An application, and how many of its WebSockets wait for something to say."""
+    """An application. close_sockets: lets its WebSockets say what they have taken in, and closes them; for its event
+    loop alone."""
 
     app: ASGIApp
-    num_idle_sockets: Callable[[], int]
+    close_sockets: Callable[[], None]
 
 
 def is_loopback(host: str) -> bool:
@@ -97,27 +98,28 @@ def serving_app(serving: Serving, database: Database, options: ServerOptions, *,
     """The application of one process, and what it needs beside the engine, closed at the end."""
     settings = options.settings
     counts = GateMetrics(has_cache=settings.cache_folder is not None)
-    gate: Gate = OpenGate()
-    keys: KeyGate | None = None
-    if not options.is_open:
-        gate = keys = KeyGate(database, ledger=Ledger(database), open_without_keys=is_loopback(host))
-    voices = VoiceStore(serving.engine, database)
+    keys = KeyGate(
+        database,
+        ledger=Ledger(database),
+        open_always=options.is_open,
+        open_without_keys=is_loopback(host),
+    )
+    gate: Gate = keys
+    voices = VoiceStore(serving.engine_for_accepted, database)
     lexicons = LexiconStore(database)
     workers = ThreadPoolExecutor(min(_MAX_ENCODE_THREADS, os.cpu_count() or 1), "declaim-encode")
     tracing = open_tracing()
     if tracing is not None:
         gate = tracing.gate(gate)
-    live_gate = MeteredGate(gate, counts, asked_by="live")
-    live = LiveServices(serving, live_gate, voices, lexicons, workers)
-    socket_limits = SocketLimits()
+    live = LiveServices(serving, MeteredGate(gate, counts, asked_by="live"), voices, lexicons, workers)
     open_sockets = make_socket_gauge()
-    places = SocketPlaces(socket_limits, on_change=open_sockets.set)
+    places = SocketPlaces(SocketLimits(), on_change=open_sockets.set)
     routers = [
         build_voices_router(voices, gate, lists_publicly=settings.public_listings),
         build_lexicon_router(lexicons, gate),
         build_usage_router(gate, database),
-        build_live_router(live, socket_limits, places),
-        build_deepgram_router(live, socket_limits, places),
+        build_live_router(live, places),
+        build_deepgram_router(live, places),
         build_page_router(serving, max_input_chars=settings.max_input_chars),
     ]
     try:
@@ -131,12 +133,10 @@ def serving_app(serving: Serving, database: Database, options: ServerOptions, *,
             routers=routers,
         )
         app.metrics.add(*counts.collectors, open_sockets)
-        # A session speaks one utterance at a time.
-        yield ServedApp(app, lambda: places.num_open - live_gate.num_open)
+        yield ServedApp(app, places.stopping.set)
     finally:
         voices.close()
-        if keys is not None:
-            keys.close()
+        keys.close()
         if tracing is not None:
             tracing.close()
 
@@ -144,16 +144,15 @@ def serving_app(serving: Serving, database: Database, options: ServerOptions, *,
 class DrainingServer(uvicorn.Server):
     """At SIGTERM, first lets running requests end while it answers 503 to new ones; a second one ends that.
 
-    A WebSocket that says nothing holds nothing up: it is closed with code 1012, "service restart".
+    WebSockets say what they have taken in and are closed with code 1001, "going away"; those that say nothing at once.
     """
 
     def __init__(
-        self, config: uvicorn.Config, serving: Serving, *, num_idle_sockets: Callable[[], int], drain_s: float
+        self, config: uvicorn.Config, serving: Serving, *, close_sockets: Callable[[], None], drain_s: float
     ) -> None:
         super().__init__(config)
         self._serving = serving
-        self._num_idle_sockets = num_idle_sockets
-        self._num_quiet_ticks = 0
+        self._close_sockets = close_sockets
         self._drain_s = drain_s
         self._drained_at: float | None = None
 
@@ -168,11 +167,8 @@ class DrainingServer(uvicorn.Server):
     async def on_tick(self, counter: int) -> bool:
         """Called ten times a second."""
         if self._drained_at is not None:
-            is_late = time.monotonic() >= self._drained_at
-            is_quiet = len(self.server_state.tasks) <= self._num_idle_sockets()
-            self._num_quiet_ticks = self._num_quiet_ticks + 1 if is_quiet else 0
-            # One tick more: an utterance that has just ended is still to be told so.
-            if is_late or self._num_quiet_ticks > 1:
+            self._close_sockets()
+            if not self.server_state.tasks or time.monotonic() >= self._drained_at:
                 self.config.timeout_graceful_shutdown = _LAST_S
                 self.should_exit = True
         return await super().on_tick(counter)
@@ -192,7 +188,7 @@ def make_server(served: ServedApp, serving: Serving, options: ServerOptions) -> 
         ws_max_size=_MAX_MESSAGE_BYTES,
         ws_per_message_deflate=False,
     )
-    return DrainingServer(config, serving, num_idle_sockets=served.num_idle_sockets, drain_s=options.drain_s)
+    return DrainingServer(config, serving, close_sockets=served.close_sockets, drain_s=options.drain_s)
 
 
 def run_server(

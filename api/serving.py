@@ -102,6 +102,10 @@ class Serving:
             raise NotReady(f"The model is not ready ({self._stage}): try again when GET /ready answers 200")
         return engine
 
+    def engine_for_accepted(self) -> SpeechEngine:
+        """The engine, for what was accepted while it was ready: draining, it still serves that. Raises: NotReady."""
+        return self.warm_engine or self.engine()
+
     @property
     def warm_engine(self) -> SpeechEngine | None:
         """The engine while it works, for new requests or only for those that run."""

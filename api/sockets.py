@@ -1,7 +1,7 @@
 """One WebSocket: who opened it, how many there are, what is read from it, and what is sent without piling up.
 
-Owns authentication before the handshake, the limits on sockets, messages and time, and the one writer at a time.
-Knows no message type.
+Owns authentication before the handshake, the limits on sockets, messages and time, the one writer at a time, and the
+end of all of them when the server stops. Knows no message type.
 """
 
 from __future__ import annotations
@@ -12,21 +12,25 @@ from collections import Counter
 from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
 from declaim.api.errors import ClientGone, InvalidBody, error_response
-from declaim.api.gate import credential_of
+from declaim.api.gate import NO_HEADERS, Caller, Gate, credential_of
+from declaim.api.keys import check_affiliation
+from declaim.api.serving import Serving, SpeechEngine
 from declaim.engine.errors import DeclaimError, Overloaded
 
 CLOSE_NORMAL = 1000
+CLOSE_GOING_AWAY = 1001
 CLOSE_POLICY = 1008
 CLOSE_INTERNAL = 1011
 
 _KEY_PROTOCOLS = ("token", "bearer")
 _KEY_PREFIX = "openai-insecure-api-key."
 _MAX_INLINE_CHARS = 64 << 10
+_STOPPING = "the server is stopping: connect again, another one will answer"
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,23 +52,20 @@ class SocketLimits:
 
 
 class SocketPlaces:
-    """How many sockets are open, of all tenants and of each."""
+    """The sockets that are open: how many, of all tenants and of each, and the one word that ends them all."""
 
     def __init__(self, limits: SocketLimits, *, on_change: Callable[[int], object] | None = None) -> None:
         """on_change: told how many are open, of all tenants."""
-        self._limits = limits
+        self.limits = limits
+        self.stopping = asyncio.Event()
+        """Set once the server is told to stop: every socket then says what it has taken in, and closes."""
         self._on_change = on_change
         self._open: Counter[str] = Counter()
-
-    @property
-    def num_open(self) -> int:
-        """Of all tenants. Any thread."""
-        return sum(self._open.copy().values())
 
     @contextmanager
     def place(self, tenant: str) -> Iterator[None]:
         """Raises: Overloaded where there are as many as there may be."""
-        limits = self._limits
+        limits = self.limits
         if self._open.total() >= limits.max_sockets or self._open[tenant] >= limits.max_sockets_per_tenant:
             raise Overloaded(
                 f"{self._open[tenant]} of your sockets are open, {self._open.total()} in all: at most "
@@ -82,7 +83,7 @@ class SocketPlaces:
         if not self._open[tenant]:
             del self._open[tenant]
         if self._on_change is not None:
-            self._on_change(self.num_open)
+            self._on_change(self._open.total())
 
 
 class SocketGone(Exception):
@@ -104,14 +105,6 @@ def socket_credential(websocket: WebSocket) -> tuple[str | None, str | None]:
             others = [other for other in offered if other != name]
             return credential or name.removeprefix(_KEY_PREFIX), (others or [name])[0]
     return credential, offered[0] if offered else None
-
-
-async def deny(websocket: WebSocket, error: DeclaimError) -> None:
-    """Answer the handshake with an HTTP error, as a client that has sent a request would get it."""
-    try:
-        await websocket.send_denial_response(error_response(error))
-    except RuntimeError:  # the server cannot say more than 403
-        await websocket.close(CLOSE_POLICY, reason=str(error)[:120])
 
 
 class Socket:
@@ -166,29 +159,103 @@ class Socket:
             return
 
 
-async def serve_socket(
-    socket: Socket,
-    read: Coroutine[None, None, tuple[int, str]],
+@dataclass(frozen=True, slots=True)
+class Opening:
+    """Who opens a socket, before it is accepted."""
+
+    engine: SpeechEngine
+    caller: Caller
+    credential: str | None
+
+
+class SocketSession(Protocol):
+    """What a protocol does with one socket."""
+
+    @property
+    def broken(self) -> asyncio.Future[None]:
+        """Fails with what ends the session for good."""
+        ...
+
+    async def read(self) -> tuple[int, str]:
+        """Handle messages until the client wants no more; gives the code and the reason to close."""
+        ...
+
+    async def finish(self) -> None:
+        """Take in no more, and say what was taken in; `read` was cancelled."""
+        ...
+
+    async def end(self) -> None:
+        """End all work, finished or not; idempotent."""
+        ...
+
+
+async def open_socket(
+    websocket: WebSocket,
+    serving: Serving,
+    gate: Gate,
+    places: SocketPlaces,
+    prepare: Callable[[Opening], Awaitable[Callable[[Socket], SocketSession]]],
     *,
-    broken: asyncio.Future[None],
-    end: Callable[[], Awaitable[None]],
+    headers: Mapping[str, str] = NO_HEADERS,
 ) -> None:
-    """Run `read` until it gives a code and a reason to close, or `broken` fails; then `end` the work and close."""
-    reader = asyncio.create_task(read)
+    """One socket from its handshake to its end.
+
+    prepare: checks what the client asks for, and gives what makes its session; what it raises is answered as an HTTP
+    error, as all that is wrong before the handshake is done. headers: of the handshake's answer.
+    """
+    credential, subprotocol = socket_credential(websocket)
+    try:
+        engine = serving.engine()
+        caller = await gate.authenticate(credential)
+        check_affiliation(caller, websocket.headers)
+        session_on = await prepare(Opening(engine, caller, credential))
+        with places.place(caller.tenant):
+            raw_headers = [(name.encode(), value.encode()) for name, value in headers.items()]
+            await websocket.accept(subprotocol=subprotocol, headers=raw_headers)
+            socket = Socket(websocket, places.limits)
+            await serve_socket(socket, session_on(socket), stopping=places.stopping)
+    except DeclaimError as error:
+        await _deny(websocket, error)
+
+
+async def _deny(websocket: WebSocket, error: DeclaimError) -> None:
+    """Answer the handshake with an HTTP error, as a client that has sent a request would get it."""
+    try:
+        await websocket.send_denial_response(error_response(error))
+    except RuntimeError:  # the server cannot say more than 403
+        await websocket.close(CLOSE_POLICY, reason=str(error)[:120])
+
+
+async def serve_socket(socket: Socket, session: SocketSession, *, stopping: asyncio.Event) -> None:
+    """Run a session until it gives a code to close, breaks, or has finished because the server stops; then close."""
+    reader = asyncio.create_task(session.read())
+    stop = asyncio.create_task(stopping.wait())
     code, reason = CLOSE_INTERNAL, "internal error"
     try:
-        either: set[asyncio.Future[Any]] = {reader, broken}
-        await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
-        if broken.done():
-            broken.result()
+        first: set[asyncio.Future[Any]] = {reader, session.broken, stop}
+        await asyncio.wait(first, return_when=asyncio.FIRST_COMPLETED)
+        if not (reader.done() or session.broken.done()):
+            reader.cancel()
+            await asyncio.wait({reader})
+            reader = asyncio.create_task(_finish(session))
+            either: set[asyncio.Future[Any]] = {reader, session.broken}
+            await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+        if session.broken.done():
+            session.broken.result()
         code, reason = reader.result()
     except SocketGone as gone:
         code, reason = CLOSE_POLICY, str(gone)
     finally:
-        reader.cancel()
-        await asyncio.wait({reader})
-        await end()
+        for task in (reader, stop):
+            task.cancel()
+        await asyncio.wait({reader, stop})
+        await session.end()
         await socket.close(code, reason=reason)
+
+
+async def _finish(session: SocketSession) -> tuple[int, str]:
+    await session.finish()
+    return CLOSE_GOING_AWAY, _STOPPING
 
 
 async def finish_while_open(socket: Socket, finish: Coroutine[None, None, None], *, cancel: str) -> bool:

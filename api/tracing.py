@@ -95,6 +95,10 @@ class _TracedAdmission:
     def headers(self) -> Mapping[str, str]:
         return self._admission.headers
 
+    async def charge(self, chars: int) -> None:
+        """As the admission behind it."""
+        await self._admission.charge(chars)
+
     def close(self, usage: Usage) -> None:
         """Ends the span; only the first time counts."""
         self._admission.close(usage)

@@ -25,6 +25,7 @@ from declaim.api.live_session import LiveServices
 from declaim.api.serving import Serving, SpeechEngine
 from declaim.api.sockets import SocketLimits, SocketPlaces
 from declaim.api.store.database import Database
+from declaim.api.tenant_errors import RateLimited
 from declaim.api.voices import VoiceStore
 from declaim.engine.errors import DeclaimError
 from declaim.engine.request import AudioChunk, SpeechRequest, Word
@@ -97,6 +98,11 @@ class _Entry:
     headers: Mapping[str, str] = field(default_factory=dict)
     tier: str = "default"
 
+    async def charge(self, chars: int) -> None:
+        self.gate.charged.append(chars)
+        if sum(self.gate.charged) > self.gate.max_charged:
+            raise RateLimited("too much text: wait", retry_after_s=3.0)
+
     def close(self, usage: Usage) -> None:
         self.gate.usages.append(usage)
 
@@ -106,6 +112,8 @@ class NamedGate(OpenGate):
 
     def __init__(self) -> None:
         self.admitted: list[tuple[str, int]] = []
+        self.charged: list[int] = []  # after an utterance was let in
+        self.max_charged = 10**9
         self.usages: list[Usage] = []
 
     async def authenticate(self, credential: str | None) -> Caller:
@@ -130,9 +138,16 @@ class World:
 
     def forget(self) -> World:
         """As if it had just started."""
-        for seen in (self.engine.requests, self.engine.finished, self.gate.admitted, self.gate.usages):
+        for seen in (
+            self.engine.requests,
+            self.engine.finished,
+            self.gate.admitted,
+            self.gate.charged,
+            self.gate.usages,
+        ):
             seen.clear()
         self.engine.cancelled.clear()
+        self.gate.max_charged = 10**9
         return self
 
     @contextmanager
@@ -194,15 +209,15 @@ def live_world(folder: Path, engine: SpeechEngine, **limits: object) -> Iterator
     serving.start()
     database = Database(f"sqlite:///{folder}/declaim.db")
     database.migrate()
-    voices = VoiceStore(serving.engine, database)
+    voices = VoiceStore(serving.engine_for_accepted, database)
     gate = NamedGate()
     socket_limits = replace(SocketLimits(), **limits)  # type: ignore[arg-type]
     with ThreadPoolExecutor(2) as workers:
         services = LiveServices(serving, gate, voices, NoLexicons(), workers)
         places = SocketPlaces(socket_limits)
         app = FastAPI()
-        app.include_router(build_live_router(services, socket_limits, places))
-        app.include_router(build_deepgram_router(services, socket_limits, places))
+        app.include_router(build_live_router(services, places))
+        app.include_router(build_deepgram_router(services, places))
         try:
             assert eventually(lambda: serving.stage == "ready", within_s=60)
             with served(app) as address:

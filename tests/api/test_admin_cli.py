@@ -111,10 +111,12 @@ def test_usage_is_added_up_by_what_is_asked_for(url: str, tmp_path: Path) -> Non
     _, out, _ = declaim(f"usage {window} --format csv", url)
     assert list(csv.reader(io.StringIO(out))) == [
         ["tenant", "requests", "characters", "audio made s", "audio sent s"],
-        ["", "1", "10", "2.0", "1.5"],
+        ["(open)", "1", "10", "2.0", "1.5"],
         ["acme", "2", "20", "4.0", "3.0"],
         ["rival", "1", "10", "2.0", "1.5"],
     ]
+    _, out, _ = declaim(f"usage {window} --tenant (open) --by tenant,key --format csv", url)
+    assert out.splitlines()[1:] == ["(open),key_,1,10,2.0,1.5"]
     _, out, _ = declaim(f"usage {window} --tenant acme --by key,model --daily --format json", url)
     days = [(row["day"], row["key"], row["model"], row["characters"]) for row in json.loads(out)]
     assert days == [("2026-08-03", "key_acme", "lark", 10), ("2026-08-04", "key_acme", "lark", 10)]

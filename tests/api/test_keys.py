@@ -84,6 +84,15 @@ def admit(gate: KeyGate, tenant: str = "acme", *, chars: int = 1, tier: str | No
     return run(lambda: gate.admit(caller, request_id="req_1", chars=chars, service_tier=tier))
 
 
+def charge(admission: Admission, chars: int) -> None:
+    run(lambda: admission.charge(chars))
+
+
+def month_chars(database: Database) -> int:
+    with database.reader() as session:
+        return session.scalars(sa.select(TenantMeter.month_chars)).one()
+
+
 def count(database: Database, table: type[Base]) -> int:
     with database.reader() as session:
         return session.scalar(sa.select(sa.func.count()).select_from(table)) or 0
@@ -228,6 +237,47 @@ def test_requests_to_an_open_server_are_written_down_and_not_limited(database: D
         admission.close(USAGE)
     with database.reader() as session:
         assert session.scalars(sa.select(UsageRow.tenant_id)).all() == [""]
+
+
+def test_a_server_told_to_ask_for_no_key_writes_usage_down_all_the_same(database: Database, tmp_path: Path) -> None:
+    key = make_tenant(database, limits=Limits(requests_per_minute=1))
+    with gate_of(database, tmp_path, open_always=True) as gate:
+        for credential in (key, key, None, "sk-wrong"):
+            caller = run(lambda credential=credential: gate.authenticate(credential))
+            assert caller == Caller()
+            admit(gate, caller.tenant).close(USAGE)
+    with database.reader() as session:
+        assert session.scalars(sa.select(UsageRow.tenant_id)).all() == [""] * 4
+
+
+def test_text_that_comes_in_pieces_is_charged_piece_by_piece(database: Database, gate: KeyGate) -> None:
+    make_tenant(database, limits=Limits(chars_per_minute=100, chars_per_month=130))
+    admission = admit(gate, chars=30)
+    charge(admission, 60)
+    with pytest.raises(RateLimited, match="100 characters a minute: try again in") as caught:
+        charge(admission, 35)
+    assert caught.value.retry_after_s is not None and caught.value.retry_after_s > 5.0
+    with pytest.raises(QuotaExceeded, match="40 of its 130 characters left"):
+        charge(admission, 41)
+    assert month_chars(database) == 90  # what was refused was not charged
+    admission.close(USAGE)
+
+
+def test_all_pieces_of_a_request_that_we_failed_come_back(database: Database, gate: KeyGate) -> None:
+    make_tenant(database, limits=Limits(chars_per_month=100))
+    admission = admit(gate, chars=30)
+    charge(admission, 60)
+    admission.close(replace(USAGE, status=500))
+    assert eventually(lambda: month_chars(database) == 0)
+
+
+def test_pieces_need_neither_another_request_nor_another_place(database: Database, gate: KeyGate) -> None:
+    make_tenant(database, limits=Limits(requests_per_minute=1, max_streams=1))
+    admission = admit(gate)
+    for _ in range(5):
+        charge(admission, 10)
+    assert gate.num_streams == 1
+    admission.close(USAGE)
 
 
 def test_an_admission_tells_its_limits_and_its_tier(database: Database, gate: KeyGate) -> None:

@@ -72,9 +72,9 @@ def test_text_that_comes_word_by_word_is_spoken_before_it_ends(world: World) -> 
     assert (usage.chars, usage.frames, usage.status, usage.outcome) == (num_chars, num_frames, 200, "complete")
     assert usage.generated_s == usage.delivered_s == pytest.approx(num_frames / 25)
     assert usage.ttfa_s is not None and usage.ttfa_s >= 0.0
-    # Charged when it is let in: what was whole by then.
-    ((request_id, num_charged),) = world.gate.admitted
-    assert request_id == done["request_id"] and num_charged in (len(FIRST), len(FIRST) + len(SECOND))
+    # Charged when it is let in: what had come by then.
+    ((request_id, num_admitted),) = world.gate.admitted
+    assert request_id == done["request_id"] and len(FIRST) <= num_admitted < num_chars
 
 
 def test_the_config_sticks_until_another_comes(world: World) -> None:
@@ -232,6 +232,33 @@ def test_a_quota_that_is_spent_is_an_error_for_every_utterance(world: World) -> 
             events = events_of(client.until("session.done"))
             assert events[0]["error"]["code"] == "insufficient_quota"  # type: ignore[index]
     assert world.engine.requests == [] and world.gate.usages == []
+
+
+def test_every_clause_is_charged_before_it_is_spoken_and_usage_says_the_same(world: World) -> None:
+    with world.live() as client:
+        client.say(f"{FIRST} {SECOND} Let us", done=False)
+        client.until("audio.done")
+        client.say("talk about the weather now.")
+        done = events_of(client.until("session.done"))[-1]
+    ((_, num_admitted),) = world.gate.admitted
+    num_chars = len(f"{FIRST} {SECOND} Let us talk about the weather now. ")
+    assert num_admitted < num_chars and num_admitted + sum(world.gate.charged) == num_chars
+    assert [usage.chars for usage in world.gate.usages] == [done["characters"]] == [num_chars]
+
+
+def test_a_limit_met_in_the_middle_of_an_utterance_is_told_and_what_was_charged_is_heard(world: World) -> None:
+    world.gate.max_charged = 10
+    with world.live() as client:
+        client.say(f"{FIRST} It is", done=False)
+        heard = client.until("audio.done")
+        client.say("good to see you again today.")
+        heard += client.until("session.done")
+    events = events_of(heard)
+    assert audio_of(heard) == pcm(FIRST)
+    (error,) = (event for event in events if event["type"] == "error")
+    assert error["error"]["code"] == "rate_limit_exceeded" and error["retry_after"] == 3.0  # type: ignore[index]
+    assert events[-1]["error"] is True and world.gate.usages[0].status == 429
+    assert world.gate.usages[0].chars == events[-1]["characters"] == world.gate.admitted[0][1]
 
 
 def test_a_dialogues_speaker_is_named_again_in_every_clause(world: World) -> None:

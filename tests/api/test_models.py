@@ -134,7 +134,12 @@ def test_pull_fails_in_one_line(hub: Hub, server: FakeHub) -> None:
     check_failed(invoke(hub, "pull", "org/gone"), 2, "no such repository")
     server.repos[NAME].files.pop("model.safetensors")
     check_failed(invoke(hub, "pull", NAME), 1, "no model.safetensors")
-    check_failed(invoke(Hub("http://127.0.0.1:9", hub.cache), "pull", NAME), 2, "the hub did not give it")
+    check_failed(
+        invoke(Hub("http://127.0.0.1:9", hub.cache), "pull", NAME),
+        2,
+        "http://127.0.0.1:9 did not give it",
+        "HF_ENDPOINT",
+    )
 
 
 def run_declaim(hub: Hub, *arguments: str) -> subprocess.Popen[str]:

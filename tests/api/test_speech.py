@@ -59,6 +59,9 @@ class FakeGate:
             tier = tier_of(service_tier)
             headers: Mapping[str, str] = {"x-ratelimit-limit-requests": "60"}
 
+            async def charge(self, chars: int) -> None:
+                raise AssertionError("a request comes whole")
+
             def close(self, usage: Usage) -> None:
                 gate.num_open -= 1
                 gate.usages.append(usage)
