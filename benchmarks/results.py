@@ -343,7 +343,9 @@ def _document(line: str, *, name: str) -> dict[str, Any]:
     except ValueError:
         document = None
     if not isinstance(document, dict):
-        raise RecordError(f"{name} did not end with a JSON document but with {line[:80]!r}: see what it printed")
+        raise RecordError(
+            f"{name} did not end with a JSON document but with {line.strip()[:80]!r}: see what it printed"
+        )
     return document
 
 

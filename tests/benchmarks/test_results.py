@@ -1,0 +1,130 @@
+"""The results page is what the stored records say, and a figure without a record says so."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
+
+
+@pytest.fixture(scope="module")
+def results() -> Any:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(BENCHMARKS))
+        import results
+
+        yield results
+
+
+ABOUT = {
+    "cpu": "A processor",
+    "cores": 2,
+    "load_1min": 0.1,
+    "torch": "2.13.0",
+    "commit": "abc123",
+    "dirty": False,
+    "date": "2026-11-21T12:00:00+00:00",
+}
+
+
+def keep(folder: Path, name: str, result: object, **fields: object) -> None:
+    record = {"name": name, "command": "python it.py", "machine": ABOUT, "took_s": 3.2, "status": 0, "result": result}
+    (folder / f"{name}.json").write_text(json.dumps(record | fields), encoding="utf-8")
+
+
+def figure(results: Any, script: str) -> Any:
+    """A figure that runs some Python and has one table, of what `rows` says."""
+    return results.Figure("made", "Made", ("-c", script), lambda result: [results.Table(("a", "b"), result["rows"])])
+
+
+def test_the_page_is_what_the_script_writes_of_the_stored_records(results: Any) -> None:
+    assert results.PAGE.read_text(encoding="utf-8") == results.render(results.FOLDER)
+
+
+def test_every_record_belongs_to_a_figure(results: Any) -> None:
+    assert {path.stem for path in results.FOLDER.glob("*.json")} <= set(results.BY_NAME)
+
+
+def test_without_records_every_figure_is_there_and_was_not_run(results: Any, tmp_path: Path) -> None:
+    page = results.render(tmp_path)
+    for one in results.FIGURES:
+        assert (
+            f"## {one.title}\n\nNot run{' on a GPU' if one.needs_gpu else ''}. Command: `{results.shown(one)}`" in page
+        )
+
+
+def test_a_figure_has_its_numbers_and_under_them_where_they_come_from(results: Any, tmp_path: Path) -> None:
+    errors = [{"what": "http, first samples", "count": 40, "p50_ms": 0.512, "p95_ms": 1.04, "max_ms": 250.4}]
+    keep(tmp_path, "tester", {"errors": errors})
+    page = results.render(tmp_path)
+    assert "| http, first samples | 40 | 0.512 | 1.04 | 250 |" in page
+    origin = "commit abc123 · A processor, 2 cores, load 0.1 before · torch 2.13.0 · 2026-11-21 · 3 s"
+    assert f"Command: `python it.py` · {origin}" in page
+    keep(tmp_path, "tester", {"errors": errors}, machine=ABOUT | {"dirty": True}, status=1)
+    page = results.render(tmp_path)
+    assert "commit abc123, with changes that were not committed" in page and "**It ended with status 1.**" in page
+
+
+def test_a_record_that_is_none_is_named_with_what_to_do(results: Any, tmp_path: Path) -> None:
+    keep(tmp_path, "tester", {"mistakes": []})
+    with pytest.raises(
+        results.RecordError, match=r"tester\.json is not as python -m benchmarks\.tester .*run it again"
+    ):
+        results.render(tmp_path)
+
+
+def test_a_run_is_kept_with_its_command_commit_and_status(
+    results: Any, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    made = figure(results, 'print(\'table\'); print(\'{"result": {"rows": [["x", 1]]}}\'); raise SystemExit(3)')
+    results.run_figure(made, tmp_path)
+    record = json.loads((tmp_path / "made.json").read_text(encoding="utf-8"))
+    assert record["result"] == {"rows": [["x", 1]]} and record["status"] == 3
+    assert record["command"].startswith("python -c") and record["machine"]["commit"] and record["took_s"] > 0
+    assert capfd.readouterr().out == "table\n"
+
+
+def test_a_run_without_a_document_keeps_nothing(results: Any, tmp_path: Path) -> None:
+    with pytest.raises(results.RecordError, match="did not end with a JSON document but with 'done'"):
+        results.run_figure(figure(results, "print('done')"), tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_run_from_elsewhere_brings_its_machine_with_it(results: Any, tmp_path: Path) -> None:
+    output = tmp_path / "output.txt"
+    output.write_text('table\n{"machine": {"cpu": "Another"}, "result": {"rows": []}}\n', encoding="utf-8")
+    results.add_output(figure(results, ""), output, tmp_path)
+    assert json.loads((tmp_path / "made.json").read_text(encoding="utf-8"))["machine"] == {"cpu": "Another"}
+    output.write_text('{"card": "NVIDIA X", "torch": "2.13.0", "rows": []}\n', encoding="utf-8")
+    results.add_output(figure(results, ""), output, tmp_path)
+    record = json.loads((tmp_path / "made.json").read_text(encoding="utf-8"))
+    assert record["machine"]["gpu"] == "NVIDIA X" and record["machine"]["commit"] and record["result"]["rows"] == []
+    output.write_text('{"rows": []}\n', encoding="utf-8")
+    with pytest.raises(results.RecordError, match="does not say on which machine"):
+        results.add_output(figure(results, ""), output, tmp_path)
+
+
+def test_the_default_selection_leaves_out_what_takes_long_and_a_wrong_name_is_said(results: Any) -> None:
+    names = {one.name for one in results._selected([], everything=False)}
+    assert {"embedded", "saturation", "one_configuration"} <= names and not {"soak", "chaos"} & names
+    with pytest.raises(results.RecordError, match="no figure nothing: use embedded, "):
+        results._selected(["nothing"], everything=False)
+
+
+def test_what_needs_a_gpu_is_left_out_without_one(
+    results: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(results, "FOLDER", tmp_path)
+    monkeypatch.setattr(results, "_gpu_name", lambda: None)
+    assert results._run([results.BY_NAME["gpu"]]) == 0
+    assert "gpu: not run, there is no GPU here" in capsys.readouterr().out and not list(tmp_path.iterdir())
+
+
+def test_the_machine_is_described_by_the_tree_without_its_own_page(results: Any) -> None:
+    about = results._about()
+    assert {"cpu", "cores", "commit", "dirty", "date", "torch", "gpu"} <= set(about)
+    assert isinstance(about["dirty"], bool)
