@@ -24,7 +24,7 @@ def resolve_controls(
     for name in given:
         if name not in table:
             known = ", ".join(table) or "none"
-            raise InvalidRequest(f"this model has no control {name!r}: it has {known}; leave it out", param="controls")
+            raise InvalidRequest(f"this model has no control {name!r}: it has {known}; leave it out", param=name)
     resolved = {name: spec.default for name, spec in table.items() if spec.default is not None}
     return resolved | {name: _numbers(name, value, table[name]) for name, value in given.items()}
 

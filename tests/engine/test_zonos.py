@@ -33,12 +33,13 @@ from declaim.engine import (
 )
 from declaim.engine.batch import Batch, Entry
 from declaim.engine.config import Int4Recipe
+from declaim.engine.controls import read_instructions, resolve_controls
 from declaim.engine.espeak import EspeakPhonemizer, JapaneseReader
 from declaim.engine.loader import find_model
 from declaim.engine.models.base import PromptSettings, StepContext
 from declaim.engine.models.layers import AttentionWeights
 from declaim.engine.models.zonos import ZonosModel
-from declaim.engine.models.zonos_conditioning import PUNCTUATION, encode_phonemes
+from declaim.engine.models.zonos_conditioning import PUNCTUATION, PrefixConfig, encode_phonemes
 from declaim.engine.parts import DAC_44KHZ, KNOWN_CONFIGS, describe_model
 from declaim.engine.request import ResolvedSampling
 from declaim.engine.runner import Runner
@@ -381,6 +382,23 @@ def test_controls_have_the_references_defaults_and_set_what_they_say(checkpoint:
     assert np.argmax(given["emotion"]) == 5
     assert given["vqscore_8"] == (0.7,) * 8 and given["dnsmos_ovrl"] == (4.0,)
     assert given["language_id"] == (35.0,) and len(given["speaker"]) == 128
+
+
+def test_instructions_set_what_their_words_say_and_the_later_word_counts() -> None:
+    source = Path("config.json")
+    transformer, hybrid = (
+        PrefixConfig.read(CONFIGS[family]["prefix_conditioner"], source=source).instructions for family in FAMILIES
+    )
+    said = read_instructions("Speak HAPPILY, then sadly; slowly!", transformer)
+    assert said == {"emotion": transformer["sad"]["emotion"], "pitch_std": (60.0,), "speaking_rate": (10.0,)}
+    assert read_instructions("calm and clear", hybrid)["quality"] == (4.0,)
+    assert read_instructions("", transformer) == {}
+    with pytest.raises(InvalidRequest, match=r"'clear' hold no word that this model acts on: it knows happy, ") as told:
+        read_instructions("clear", transformer)
+    assert told.value.param == "instructions"
+    with pytest.raises(InvalidRequest) as told:
+        resolve_controls({"quality": 4.0}, {})
+    assert told.value.param == "quality"
 
 
 @pytest.mark.parametrize(
