@@ -1,74 +1,144 @@
 """Does anything grow? Hours of mixed traffic, memory and handles sampled all along, and a verdict.
 
-A `declaim serve` of its own is asked by a few listeners for texts of all lengths, as pcm, wav, mp3, opus and flac, by
-HTTP and SSE; every fifth hangs up on the way. Every --sample seconds the resident memory, threads and file handles of
-the server are noted, and its workers' memory. The verdict: after a warm-up of a quarter of the run, memory must not
-rise. It is judged by the line through the medians of the first and the last third: more than --growth MB an hour
-beyond what the samples scatter is a leak. Handles and threads must end where they were, and all blocks be free.
+A `declaim serve` of its own, with a database and a cache, is asked by a few listeners for texts of all lengths, as pcm,
+wav, mp3, opus and flac, by HTTP, SSE and WebSocket; some again and again, for the cache; every fifth hangs up on the
+way. Every --sample seconds each process is noted, the server, Ray's and the vocoder workers: resident memory, threads,
+file handles, and where nvidia-smi is, memory on the GPU.
 
-    python benchmarks/soak.py [--minutes 30] [--listeners 4] [--vocoder ray] [--growth 20]
+The verdict is on what follows a warm-up of a quarter of the run, in the processes that live to its end:
+
+- memory may rise by --growth MB an hour beyond what the samples scatter, by the medians of the first and last third,
+  and once by --settling MB: in minutes, caches that still fill cannot be told from a leak;
+- threads and handles may not rise by more than 4 and 16 from the first third to the last, nor in the silence after it;
+- no process may be left that the first third did not have, beyond one vocoder worker;
+- in that silence no stream, block, window or connection is left, and no vocoder worker was lost on the way;
+- every stream ends whole or by its listener's own hanging up.
+
+    python benchmarks/soak.py [--minutes 30] [--listeners 4] [--rest 1.0] [--vocoder ray] [--growth 20]
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import os
 import random
+import shutil
+import subprocess
+import tempfile
 import time
 from collections import Counter
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 
 import aiohttp
 import machine
 import numpy as np
 import psutil
-from own_server import left_over, own_server
+from own_server import ServerDied, check_alive, gauges, left_over, log_of, own_server
 from texts import text_of_length
 
+from declaim.load.client import Target, ask
+from declaim.load.workload import Job, Tenant
+
 QUESTION = "Soak: what grows over time"
+NAME = "soak"
 FORMATS = ("pcm", "wav", "mp3", "opus", "flac")
+SHARE_HUNG_UP, SHARE_WEBSOCKET, SHARE_REPEATED = 0.2, 0.2, 0.2
+ENDS = ("whole", "hung up")
+PROGRESS_S = 30.0
+CACHE_GB = 0.02
+# What may come and go by more than the load explains: a pool's idle threads, connections kept alive.
+SLACK = {"threads": 4, "handles": 16}
+
+
+@dataclass(frozen=True, slots=True)
+class Process:
+    """One process at one moment. vram_mb: 0 where no GPU is."""
+
+    name: str
+    rss_mb: float
+    threads: int
+    handles: int
+    vram_mb: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One moment. rss_mb: the server's resident memory; workers_rss_mb: its descendants'."""
+    """One moment: the processes by id, the server's first."""
 
     at_s: float
-    rss_mb: float
-    workers_rss_mb: float
-    threads: int
-    handles: int
+    processes: Mapping[int, Process]
 
 
-def sample(process: psutil.Process, began_s: float) -> Sample:
-    workers = 0
-    for child in process.children(recursive=True):
+def sample(server: psutil.Process, began_s: float) -> Sample:
+    """Raises: ServerDied."""
+    check_alive(server)
+    vram_mb = _vram_mb()
+    processes = {}
+    for process in (server, *server.children(recursive=True)):
         try:
-            workers += child.memory_info().rss
+            with process.oneshot():
+                processes[process.pid] = Process(
+                    name="server" if process is server else _name_of(process.cmdline()),
+                    rss_mb=process.memory_info().rss / 1e6,
+                    threads=process.num_threads(),
+                    handles=process.num_fds(),
+                    vram_mb=vram_mb.get(process.pid, 0.0),
+                )
         except psutil.NoSuchProcess:
             continue
-    return Sample(
-        at_s=time.monotonic() - began_s,
-        rss_mb=process.memory_info().rss / 1e6,
-        workers_rss_mb=workers / 1e6,
-        threads=process.num_threads(),
-        handles=process.num_fds(),
-    )
+    check_alive(server)
+    return Sample(time.monotonic() - began_s, processes)
 
 
-async def listen(session: aiohttp.ClientSession, url: str, rng: random.Random) -> str:
+def _name_of(command: Sequence[str]) -> str:
+    """Of one of Ray's processes: ray::DecodeWorker, raylet, gcs_server, log_monitor.py."""
+    if not command:
+        return "?"
+    if command[0].startswith("ray::"):
+        # A busy worker's title tells the method, too.
+        return command[0].split()[0].split(".")[0]
+    script = next((word for word in command if word.endswith(".py")), command[0])
+    return Path(script).name
+
+
+def _vram_mb() -> dict[int, float]:
+    """By process id."""
+    if shutil.which("nvidia-smi") is None:
+        return {}
+    query = ["nvidia-smi", "--query-compute-apps=pid,used_memory", "--format=csv,noheader,nounits"]
+    told = subprocess.run(query, capture_output=True, text=True, check=True).stdout
+    rows = [line.split(",") for line in told.splitlines() if line.strip()]
+    return {int(pid): float(used) * 1.048576 for pid, used in rows if used.strip().isdecimal()}
+
+
+# Traffic.
+
+
+async def listen(session: aiohttp.ClientSession, url: str, rng: random.Random, *, deadline_s: float) -> str:
     """One request. Returns how it ended."""
+    text = text_of_length(rng.choice((12, 40, 90, 250)), skip=rng.randrange(20))
+    extra: dict[str, object] = {"seed": 1} if rng.random() < SHARE_REPEATED else {}
+    if rng.random() < SHARE_WEBSOCKET:
+        target = Target(f"{url}/v1", model="tts-1", voice="alloy", protocol="ws", timeout_s=deadline_s, extra=extra)
+        outcome = await ask(session, target, Job(0, None, Tenant("soak"), text), origin_s=time.perf_counter())
+        return "whole" if outcome.error is None else f"websocket: {outcome.error}"
     body = {
         "model": "tts-1",
         "voice": "alloy",
-        "input": text_of_length(rng.choice((12, 40, 90, 250)), skip=rng.randrange(20)),
+        "input": text,
         "response_format": rng.choice(FORMATS),
         "stream_format": rng.choice(("audio", "audio", "sse")),
     }
-    stop_at = rng.randrange(1, 60_000) if rng.random() < 0.2 else None
+    stop_at = rng.randrange(1, 60_000) if rng.random() < SHARE_HUNG_UP else None
     num_bytes = 0
     try:
-        async with session.post(url + "/v1/audio/speech", json=body) as answer:
+        async with (
+            asyncio.timeout(deadline_s),
+            session.post(url + "/v1/audio/speech", json=body | extra) as answer,
+        ):
             if answer.status != 200:
                 await answer.read()
                 return f"http {answer.status}"
@@ -76,89 +146,212 @@ async def listen(session: aiohttp.ClientSession, url: str, rng: random.Random) -
                 num_bytes += len(piece)
                 if stop_at is not None and num_bytes >= stop_at:
                     return "hung up"
+    except TimeoutError:
+        return f"did not end within {deadline_s:g} s"
     except aiohttp.ClientError as error:
         return f"broken off: {type(error).__name__}"
-    return "whole"
+    return "whole" if num_bytes else "empty"
 
 
 async def run(
-    arguments: argparse.Namespace, url: str, process: psutil.Process
+    arguments: argparse.Namespace, url: str, server: psutil.Process
 ) -> tuple[list[Sample], Counter[str], dict[str, float]]:
+    """Raises: ServerDied, in a group."""
     began_s = time.monotonic()
     until_s = began_s + 60 * arguments.minutes
     samples: list[Sample] = []
     ends: Counter[str] = Counter()
-    rng = random.Random(arguments.seed)
     async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
 
-        async def listener() -> None:
+        async def listener(number: int) -> None:
+            rng = random.Random(f"{arguments.seed} listener {number}")
             while time.monotonic() < until_s:
-                ends[await listen(session, url, rng)] += 1
+                end = await listen(session, url, rng, deadline_s=arguments.deadline)
+                check_alive(server)
+                ends[end] += 1
+                await asyncio.sleep(rng.uniform(0.0, 2.0) * arguments.rest)
 
         async def sampler() -> None:
-            while time.monotonic() < until_s:
-                samples.append(sample(process, began_s))
+            told_s = began_s
+            while (now := time.monotonic()) < until_s:
+                samples.append(await asyncio.to_thread(sample, server, began_s))
+                if now - told_s >= PROGRESS_S:
+                    told_s = now
+                    _tell(samples[-1], ends, server, left_s=until_s - now)
                 await asyncio.sleep(arguments.sample)
 
-        await asyncio.gather(sampler(), *(listener() for _ in range(arguments.listeners)))
+        async with asyncio.TaskGroup() as group:
+            group.create_task(sampler())
+            for i in range(arguments.listeners):
+                group.create_task(listener(i))
         left = await left_over(session, url)
-        samples.append(sample(process, began_s))
+        lost = (await gauges(session, url)).get("declaim_vocoder_restarts_total", 0.0)
+        if lost:
+            left["vocoder workers lost"] = lost
+        samples.append(sample(server, began_s))
     return samples, ends, left
 
 
-def growth_mb_per_hour(samples: list[Sample], values: list[float]) -> tuple[float, float]:
-    """The slope between the medians of the first and last third after the warm-up, and how far one may trust it:
-    twice the scatter of the samples about their third's median, over the same time. Both in MB an hour."""
-    first = len(samples) // 4
-    times, kept = np.array([s.at_s for s in samples][first:]), np.array(values[first:])
-    third = max(1, len(kept) // 3)
-    hours = (np.median(times[-third:]) - np.median(times[:third])) / 3600
-    slope = (np.median(kept[-third:]) - np.median(kept[:third])) / max(hours, 1e-9)
-    scatter = np.median(np.abs(kept[-third:] - np.median(kept[-third:])))
-    return float(slope), float(2 * scatter / max(hours, 1e-9))
+def _tell(now: Sample, ends: Counter[str], server: psutil.Process, *, left_s: float) -> None:
+    own = now.processes[server.pid]
+    others_mb = sum(process.rss_mb for process in now.processes.values()) - own.rss_mb
+    machine.CONSOLE.print(
+        f"{time.strftime('%H:%M:%S')} {left_s:.0f} s to go, load {os.getloadavg()[0]:.1f}; {dict(ends)}; server "
+        f"{own.rss_mb:.0f} MB, {own.threads} threads, {own.handles} handles; {len(now.processes) - 1} others "
+        f"{others_mb:.0f} MB",
+        soft_wrap=True,
+    )
+
+
+# The verdict.
+
+
+@dataclass(frozen=True, slots=True)
+class Growth:
+    """What a process did from the first third after the warm-up to the last. hours: between the middles of the two.
+    rss, vram: by how much they rise, and twice the scatter of the last third about its median, both in MB an hour."""
+
+    name: str
+    pid: int
+    hours: float
+    rss: tuple[float, float]
+    vram: tuple[float, float]
+    first: Process
+    last: Process
+
+
+def thirds(samples: Sequence[Sample]) -> tuple[Sequence[Sample], Sequence[Sample]]:
+    """The first and the last third of what follows the warm-up."""
+    kept = samples[len(samples) // 4 :]
+    count = max(1, len(kept) // 3)
+    return kept[:count], kept[-count:]
+
+
+def growths(samples: Sequence[Sample]) -> list[Growth]:
+    """Of the processes that are in all of the first and the last third."""
+    first, last = thirds(samples)
+    hours = max(1e-9, float(np.median([s.at_s for s in last]) - np.median([s.at_s for s in first])) / 3600)
+    ids = set.intersection(*(set(s.processes) for s in (*first, *last)))
+    found = []
+    for pid in sorted(ids):
+        before, after = [s.processes[pid] for s in first], [s.processes[pid] for s in last]
+
+        def slope(
+            name: str, before: Sequence[Process] = before, after: Sequence[Process] = after
+        ) -> tuple[float, float]:
+            old, new = (np.array([getattr(process, name) for process in part]) for part in (before, after))
+            scatter = np.median(np.abs(new - np.median(new)))
+            return float(np.median(new) - np.median(old)) / hours, float(2 * scatter) / hours
+
+        found.append(
+            Growth(before[0].name, pid, hours, slope("rss_mb"), slope("vram_mb"), _middle(before), _middle(after))
+        )
+    return found
+
+
+def _middle(moments: Sequence[Process]) -> Process:
+    return Process(
+        name=moments[0].name,
+        rss_mb=float(np.median([process.rss_mb for process in moments])),
+        threads=int(np.median([process.threads for process in moments])),
+        handles=int(np.median([process.handles for process in moments])),
+        vram_mb=float(np.median([process.vram_mb for process in moments])),
+    )
+
+
+def judge(
+    samples: Sequence[Sample],
+    silence: Sample,
+    ends: Mapping[str, int],
+    left: Mapping[str, float],
+    *,
+    growth_mb: float,
+    settling_mb: float,
+) -> list[str]:
+    """What is wrong. samples: under load; silence: after it; left: what is not back at nothing. growth_mb: an hour."""
+    faults = [f"{name}: {value:g} in the silence after the run" for name, value in left.items()]
+    for growth in growths(samples):
+        who = f"{growth.name} ({growth.pid})"
+        for what, (rise, trust) in (("memory", growth.rss), ("GPU memory", growth.vram)):
+            allowed = growth_mb + settling_mb / growth.hours
+            if rise - trust > allowed:
+                faults.append(
+                    f"{who}: its {what} grows by {rise:.0f} MB an hour (+- {trust:.0f}), {allowed:.0f} may be"
+                )
+        for name, slack in SLACK.items():
+            before, after = getattr(growth.first, name), getattr(growth.last, name)
+            ended = getattr(silence.processes[growth.pid], name) if growth.pid in silence.processes else 0
+            if max(after, ended) > before + slack:
+                faults.append(f"{who}: {before} {name} after the warm-up, {after} at the end, {ended} in silence")
+    first, _ = thirds(samples)
+    most = max(len(s.processes) for s in first)
+    if len(silence.processes) > most + 1:
+        faults.append(f"{most} processes after the warm-up, {len(silence.processes)} in silence")
+    for end, count in ends.items():
+        if end not in ENDS:
+            faults.append(f"{count} streams ended so: {end}")
+    if not ends.get("whole"):
+        faults.append("no stream ended whole")
+    return faults
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=30.0)
     parser.add_argument("--listeners", type=int, default=4)
+    parser.add_argument("--rest", type=float, default=1.0, help="a listener's pause between streams, on average")
+    parser.add_argument("--deadline", type=float, default=120.0, help="seconds until every stream must have ended")
     parser.add_argument("--vocoder", choices=("ray", "inline"), default="ray")
     parser.add_argument("--sample", type=float, default=2.0, help="seconds between samples")
     parser.add_argument("--growth", type=float, default=20.0, help="MB an hour of memory that are no leak")
+    parser.add_argument("--settling", type=float, default=0.0, help="MB that each process may take once")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     document = machine.begin(QUESTION, vars(arguments))
-    with own_server("soak", ["--vocoder", arguments.vocoder]) as (url, process):
-        samples, ends, left = asyncio.run(run(arguments, url, process))
-    settled = samples[len(samples) // 4]
-    grown, trust = growth_mb_per_hour(samples, [s.rss_mb for s in samples])
-    workers_grown, workers_trust = growth_mb_per_hour(samples, [s.workers_rss_mb for s in samples])
-    faults = [f"{name} is left: {value:g}" for name, value in left.items()]
-    if grown - trust > arguments.growth:
-        faults.append(f"the server grows by {grown:.0f} MB an hour (+- {trust:.0f})")
-    if workers_grown - workers_trust > arguments.growth:
-        faults.append(f"the workers grow by {workers_grown:.0f} MB an hour (+- {workers_trust:.0f})")
-    for name, slack in (("threads", 4), ("handles", 16)):
-        if getattr(samples[-1], name) > getattr(settled, name) + slack:
-            faults.append(
-                f"{name}: {getattr(settled, name)} after the warm-up, {getattr(samples[-1], name)} at the end"
-            )
+    with tempfile.TemporaryDirectory(prefix="declaim-soak-") as folder:
+        options = ["--vocoder", arguments.vocoder, "--database-url", f"sqlite:///{folder}/declaim.db"]
+        options += ["--cache-dir", f"{folder}/cache", "--cache-gb", str(CACHE_GB)]
+        with own_server(NAME, options) as (url, server):
+            samples: list[Sample] = []
+            died = ""
+            try:
+                samples, ends, left = asyncio.run(run(arguments, url, server))
+            except* (ServerDied, aiohttp.ClientError) as errors:
+                died = f"FAILED: {errors.exceptions[0]!r}: see {log_of(NAME)}"
+    if died:
+        machine.CONSOLE.print(died, soft_wrap=True)
+        machine.end(document, {"verdict": died})
+        raise SystemExit(1)
+    *loaded, silence = samples
+    faults = judge(loaded, silence, ends, left, growth_mb=arguments.growth, settling_mb=arguments.settling)
+    told = growths(loaded)
     machine.print_table(
-        "server",
-        ["moment", "RSS MB", "workers' MB", "threads", "handles"],
-        [[n, s.rss_mb, s.workers_rss_mb, s.threads, s.handles] for n, s in (("warm", settled), ("end", samples[-1]))],
+        "processes that lived through it, after the warm-up and at the end",
+        ["process", "RSS MB", "", "MB an hour", "+-", "threads", "", "handles", ""],
+        [
+            [g.name, g.first.rss_mb, g.last.rss_mb, *g.rss, g.first.threads, g.last.threads, g.first.handles]
+            + [g.last.handles]
+            for g in told
+        ],
     )
     machine.print_table("how streams ended", ["end", "streams"], list(ends.most_common()))
-    verdict = "; ".join(faults) or f"nothing grows: {grown:+.0f} MB an hour (+- {trust:.0f})"
+    own = next(g for g in told if g.name == "server")
+    verdict = (
+        "FAILED: " + "; ".join(faults)
+        if faults
+        else f"nothing grows: the server {own.rss[0]:+.0f} MB an hour (+- {own.rss[1]:.0f})"
+    )
     machine.CONSOLE.print(verdict, soft_wrap=True)
     machine.end(
         document,
         {
             "verdict": verdict,
             "faults": faults,
-            "growth_mb_per_hour": {"server": [grown, trust], "workers": [workers_grown, workers_trust]},
             "ends": dict(ends),
-            "samples": [asdict(s) for s in samples[:: max(1, len(samples) // 60)]],
+            "growth_mb_per_hour": {f"{g.name} {g.pid}": g.rss for g in told},
+            "server_rss_mb": [
+                [round(s.at_s), round(s.processes[own.pid].rss_mb, 1)] for s in loaded[:: max(1, len(loaded) // 60)]
+            ],
         },
     )
     if faults:

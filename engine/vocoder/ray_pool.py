@@ -184,25 +184,56 @@ _LOAD, _PING = -1, -2  # call numbers of what is not a decode
 
 
 class _JoinedRay:
-    """The Ray that this process has joined: whose it is, and whether it still listens.
+    """The Ray that this process has joined or started: whose it is, and whether it still listens.
+
+    A thread holds it, from before it is started until it is left: on Linux, Ray's processes die with the thread that
+    forked them. So nothing is left of a Ray that did not start, or that is lost, and on the main thread ray.init would
+    replace the server's SIGTERM handler.
 
     Workers whose Ray is gone decode on for seconds, but none of them is replaced; and a minute after Ray's control
     service (GCS) died, Ray ends this process. So a lost Ray must be noticed before either is felt, by what stops at
     once: the ports of the GCS and of this machine's raylet.
     """
 
-    def __init__(self, *, is_owned: bool) -> None:
-        """Raises: RayError, StopIteration where Ray dies meanwhile."""
-        self.is_owned = is_owned
-        context = ray.get_runtime_context()
-        host, _, port = context.gcs_address.rpartition(":")
-        node = next(node for node in ray.nodes() if node["NodeID"] == context.get_node_id())
-        self._ports = {
-            "GCS": (host.strip("[]"), int(port)),
-            "raylet": (str(node["NodeManagerAddress"]), int(node["NodeManagerPort"])),
-        }
+    def __init__(self, options: RayPoolOptions) -> None:
+        """Returns once Ray is joined. Raises: EngineError."""
+        self.is_owned = False  # no: this process had initialised Ray before, so that it is not ours to shut down
+        self._ports: dict[str, tuple[str, int]] = {}
         self._checked_at = 0.0
         self._num_silent = 0
+        self._error: EngineError | None = None
+        self._is_settled = threading.Event()
+        self._is_left = threading.Event()
+        self._thread = threading.Thread(target=self._hold, args=(options,), name="declaim-ray", daemon=True)
+        self._thread.start()
+        self._is_settled.wait()
+        if self._error is not None:
+            self._thread.join()
+            raise self._error
+
+    def leave(self) -> None:
+        """Shut it down, if it is ours."""
+        self._is_left.set()
+        self._thread.join()
+
+    def _hold(self, options: RayPoolOptions) -> None:
+        try:
+            self.is_owned = _connect(options)
+            self._ports = _ray_ports()
+        except EngineError as error:
+            self._error = error
+        except Exception as error:  # also where a node does not start, Ray raises Exception itself
+            where = "a local Ray" if options.address is None else f"the Ray cluster at {options.address}"
+            self._error = EngineError(
+                f"{where} could not be used: {error}; see its logs (/tmp/ray/session_latest/logs), "
+                "or use the inline vocoder"
+            )
+            self._error.__cause__ = error
+        self._is_settled.set()
+        if self._error is None:
+            self._is_left.wait()
+        if self.is_owned and ray.is_initialized():
+            ray.shutdown()
 
     def why_lost(self, now: float) -> str | None:
         """What no longer answers, twice in a row; None while all is well, and between two looks."""
@@ -266,8 +297,6 @@ class RayVocoderPool:
         self._window_s = 0.0  # what a window takes, by the last replies
         self._num_restarts = 0
 
-        # Ray is started from the thread that lasts as long as the pool: on Linux its processes die with the
-        # thread that forked them, and on the main thread ray.init would replace the server's SIGTERM handler.
         self._thread = threading.Thread(target=self._run, name="declaim-vocoder-pool", daemon=True)
         self._thread.start()
         try:
@@ -358,11 +387,11 @@ class RayVocoderPool:
             self._fail_everything()
             if self._stand_in is not None:
                 self._stand_in.join()
-            if self._ray is not None and ray.is_initialized():
-                for worker in self._workers.values():
+            if self._ray is not None:
+                for worker in self._workers.values() if ray.is_initialized() else ():
                     _kill(worker)
-                if self._ray.is_owned:
-                    ray.shutdown()
+                self._workers.clear()
+                self._ray.leave()
 
     def _fail_everything(self) -> None:
         with self._changed:
@@ -430,7 +459,7 @@ class RayVocoderPool:
 
     def _join(self) -> None:
         """Raises: EngineError."""
-        self._ray = _connect(self._options)
+        self._ray = _JoinedRay(self._options)
         self._actor_class = _actor_class(self._options)
 
     def _leave(self, lost: _JoinedRay, why: str, now: float) -> None:
@@ -456,7 +485,7 @@ class RayVocoderPool:
         if self._needs_stand_in and (self._stand_in is None or not self._stand_in.is_alive()):
             self._stand_in = threading.Thread(target=self._decode_here, name="declaim-vocoder-stand-in", daemon=True)
             self._stand_in.start()
-        ray.shutdown()
+        lost.leave()
 
     def _rejoin(self, now: float) -> None:
         """Where it fails, again after a while."""
@@ -779,32 +808,35 @@ def _explain(error: BaseException) -> EngineError:
     return EngineError(f"{type(cause).__name__}: {words[:240]}")
 
 
-def _connect(options: RayPoolOptions) -> _JoinedRay:
-    """Join Ray or start it; where this process had done so before, it is not owned: not ours to shut down.
+def _connect(options: RayPoolOptions) -> bool:
+    """Join Ray or start it; False where this process had done so before.
 
-    Raises: EngineError.
+    Raises: EngineError, and whatever Ray does.
     """
     if ray.is_initialized():
-        return _JoinedRay(is_owned=False)
+        return False
     # Nothing phones home. And a worker that asks for no GPU (it shares the engine's) still sees it.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     if options.address is not None:
         _check_cluster(options.address)
-    try:
-        with _quiet_ray():
-            if options.address is None:
-                _start_local_ray(options)
-            else:
-                ray.init(options.address, log_to_driver=False, configure_logging=False)
-        return _JoinedRay(is_owned=True)
-    except (RayError, RuntimeError, ConnectionError, OSError, ValueError, StopIteration) as error:
-        ray.shutdown()
-        where = "a local Ray" if options.address is None else f"the Ray cluster at {options.address}"
-        raise EngineError(
-            f"{where} could not be used: {error}; see its logs (/tmp/ray/session_latest/logs), "
-            "or use the inline vocoder"
-        ) from error
+    with _quiet_ray():
+        if options.address is None:
+            _start_local_ray(options)
+        else:
+            ray.init(options.address, log_to_driver=False, configure_logging=False)
+    return True
+
+
+def _ray_ports() -> dict[str, tuple[str, int]]:
+    """Where Ray's control service and this machine's raylet listen."""
+    context = ray.get_runtime_context()
+    host, _, port = context.gcs_address.rpartition(":")
+    node = next(node for node in ray.nodes() if node["NodeID"] == context.get_node_id())
+    return {
+        "GCS": (host.strip("[]"), int(port)),
+        "raylet": (str(node["NodeManagerAddress"]), int(node["NodeManagerPort"])),
+    }
 
 
 def _start_local_ray(options: RayPoolOptions) -> None:
