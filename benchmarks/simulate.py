@@ -291,13 +291,14 @@ class Server:
     def __init__(self, made_of: Machine, setup: Setup) -> None:
         self._machine, self._setup = made_of, setup
         self._scheduler = POLICIES[setup.policy](
+            made_of.rule,
             BlockPool(setup.num_blocks),
             BlockPool(0),
             limits=SchedulerLimits(setup.block_size, setup.max_batch, setup.max_step_positions, setup.max_lead_s),
         )
         self._chunks = ChunkPolicy.from_seconds(made_of.codec, first_s=setup.first_chunk_s, max_s=setup.max_chunk_s)
         self._streams: dict[int, Stream] = {}
-        self._drawn = np.zeros(made_of.rule.num_codebooks, dtype=np.int32)
+        self._drawn = np.zeros((setup.max_batch, made_of.rule.num_codebooks), dtype=np.int32)
         self._no_frames = np.zeros((0, made_of.rule.num_codebooks), dtype=np.int32)
         self._workers_free_at = [0.0] * setup.vocoder_workers  # a heap
         self._inline: tuple[deque[tuple[int, Cut]], deque[tuple[int, Cut]]] = (deque(), deque())  # first, the rest
@@ -324,10 +325,10 @@ class Server:
                 now += step_s
                 self._outcome.busy_s += step_s
                 self._outcome.num_steps += 1
-                drawing = [entry.sequence for entry in batch.entries if entry.draws]
-                self._scheduler.commit(batch, {sequence.sequence_id: self._drawn for sequence in drawing})
-                for sequence in drawing:
-                    self._cut(sequence, now)
+                drawing = batch.drawing
+                self._scheduler.commit(batch, self._drawn[: len(drawing)])
+                for entry in drawing:
+                    self._cut(entry.sequence, now)
             now = self._decode_inline(now)
             if not batch.entries and not (self._inline[0] or self._inline[1]):
                 events = [arrivals[num_taken].at] if num_taken < len(arrivals) else []
@@ -569,7 +570,10 @@ def measure_cost(*, num_steps: int) -> dict[str, dict[str, float]]:
         if num_tenants > 1 and not knows_tenants:
             continue
         scheduler = Scheduler(
-            BlockPool(100_000), BlockPool(0), limits=SchedulerLimits(32, num_places, 4 * num_places, max_lead_s=1e6)
+            codec_rule,
+            BlockPool(100_000),
+            BlockPool(0),
+            limits=SchedulerLimits(32, num_places, 4 * num_places, max_lead_s=1e6),
         )
         for i in range(num_sequences):
             prompt = Prompt((), 0, 0, np.zeros((0, 9), np.int32), 100 + 3 * num_steps, 2, 1.0)
@@ -586,11 +590,9 @@ def measure_cost(*, num_steps: int) -> dict[str, dict[str, float]]:
             clocks.append(time.perf_counter())
             scheduler.launch(batch)
             clocks.append(time.perf_counter())
-            rows = {entry.sequence.sequence_id: row for entry, row in zip(batch.entries, drawn, strict=True)}
+            scheduler.commit(batch, drawn)
             clocks.append(time.perf_counter())
-            scheduler.commit(batch, rows)
-            clocks.append(time.perf_counter())
-            times[step] = clocks[1] - clocks[0], clocks[2] - clocks[1], clocks[4] - clocks[3]
+            times[step] = np.diff(clocks)
         times = times[20:] * 1e6
         parts = dict(zip(("schedule_us", "launch_us", "commit_us"), times.min(0).tolist(), strict=True))
         costs[name] = {**parts, "step_us": float(times.sum(1).min()), "median_us": float(np.median(times.sum(1)))}

@@ -62,11 +62,16 @@ class ChunkPlanner:
             last = self._first + self._policy.length(self._index)
             if is_done and last >= num_ready:
                 cuts.append(self._cut(num_ready, num_ready=num_ready, is_last=True))
-            elif is_done or last + max(1, self._codec.right) <= num_ready:
+            elif is_done or self.num_wanted <= num_ready:
                 cuts.append(self._cut(last, num_ready=num_ready, is_last=False))
             else:
                 break
         return cuts
+
+    @property
+    def num_wanted(self) -> int:
+        """With fewer whole frames there is no new window, unless there will be no more frames."""
+        return self._first + self._policy.length(self._index) + max(1, self._codec.right)
 
     def _cut(self, last: int, *, num_ready: int, is_last: bool) -> Cut:
         cut = Cut(

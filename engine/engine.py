@@ -166,6 +166,7 @@ class Engine:
 
         # the engine thread's own
         self._scheduler = Scheduler(
+            self.spec.rule,
             BlockPool(self.plan.num_blocks),
             BlockPool(self.plan.num_cross_blocks),
             limits=SchedulerLimits(
@@ -621,30 +622,34 @@ class Engine:
 
     def _commit(self, step: LaunchedStep) -> None:
         """Record what a step drew, end what failed in it, and send what is ready to the vocoder."""
-        drawn = step.drawn()
-        for entry in step.batch.entries:
-            if entry.draws and (drawn[entry.sequence.sequence_id] < 0).any():
-                error = SequenceFailed("the model's logits were not finite, or nothing was left to draw")
-                self._fail(entry.sequence, error)
-        batch = Batch(tuple(entry for entry in step.batch.entries if entry.sequence.sequence_id in self._owners))
-        self._scheduler.commit(batch, drawn)
-        self._num_frames += sum(entry.draws for entry in batch.entries)
-        for entry in batch.entries:
+        drawn, drawing = step.drawn(), step.batch.drawing
+        for i in np.flatnonzero((drawn < 0).any(axis=1)).tolist():
+            error = SequenceFailed("the model's logits were not finite, or nothing was left to draw")
+            self._fail(drawing[i].sequence, error)
+        done = self._scheduler.commit(step.batch, drawn)
+        self._num_frames += len(drawn)
+        for sequence in done:
+            self._runner.release(sequence)
+            if not self._retry(sequence):
+                self._decode(sequence)
+        for entry in drawing:
             sequence = entry.sequence
-            if sequence.is_done:
-                self._runner.release(sequence)
-                if self._retry(sequence):
-                    continue
-            windows = self._owners[sequence.sequence_id].windows_ready(sequence)
-            if windows:
-                self._vocoder.submit(windows)
+            if len(sequence.rows) >= sequence.num_rows_wanted:
+                self._decode(sequence)
+
+    def _decode(self, sequence: Sequence) -> None:
+        """Send the windows of a sequence that are whole to the vocoder."""
+        stream = self._owners.get(sequence.sequence_id)
+        windows = stream.windows_ready(sequence) if stream is not None else []
+        if windows:
+            self._vocoder.submit(windows)
 
     def _retry(self, sequence: Sequence) -> bool:
         """Speak an unsound segment anew with another seed where that helps and nobody has heard it. Whether it does."""
-        stream = self._owners[sequence.sequence_id]
-        verdict = stream.verdict(sequence)
+        stream = self._owners.get(sequence.sequence_id)
+        verdict = stream.verdict(sequence) if stream is not None else None
         given = sequence.given
-        if verdict is None or given.sampling.greedy or not stream.may_restart(given.segment):
+        if stream is None or verdict is None or given.sampling.greedy or not stream.may_restart(given.segment):
             return False
         log.warning("event=retried request_id=%s segment=%d verdict=%s", given.request_id, given.segment, verdict)
         self._vocoder.cancel(sequence.sequence_id)

@@ -44,9 +44,11 @@ def next_row(
     return codes.astype(np.int32)
 
 
-def draws_end(rule: FrameRule, drawn: NDArray[np.int32]) -> bool:
-    """Whether the drawn codes end the audio."""
-    return rule.eos is not None and drawn.item(rule.eos_codebook) == rule.eos
+def draws_end(rule: FrameRule, drawn: NDArray[np.int32]) -> NDArray[np.bool_]:
+    """Whether drawn codes end the audio. drawn: [..., Q]. Returns [...]."""
+    if rule.eos is None:
+        return np.zeros(drawn.shape[:-1], dtype=np.bool_)
+    return np.equal(drawn[..., rule.eos_codebook], rule.eos)
 
 
 def num_ready_frames(rule: FrameRule, num_rows: int, *, num_prompt_frames: int, end_row: int | None) -> int:
@@ -57,10 +59,16 @@ def num_ready_frames(rule: FrameRule, num_rows: int, *, num_prompt_frames: int, 
     return max(0, ready - num_prompt_frames)
 
 
-def undelay(
-    rule: FrameRule, rows: NDArray[np.int32], first: int, last: int, *, num_prompt_frames: int
-) -> NDArray[np.int32]:
-    """Frames first .. last (exclusive, counted after the prompt) of a grid. Returns [last - first, Q]."""
-    frames = np.arange(first, last)[:, None] + num_prompt_frames + 1 + np.array(rule.delay)
+def num_rows_for(rule: FrameRule, num_frames: int, *, num_prompt_frames: int) -> int:
+    """How many rows a grid has at least when so many new frames are whole."""
+    return num_prompt_frames + num_frames + 1 + rule.max_delay
+
+
+def undelay(rule: FrameRule, rows: NDArray[np.int32]) -> NDArray[np.int32]:
+    """The frames in a piece of a grid, whose first row is where the first of them begins.
+
+    rows: [num_frames + max_delay, Q]. Returns [num_frames, Q].
+    """
+    frames = np.arange(len(rows) - rule.max_delay)[:, None] + np.array(rule.delay)
     codes: NDArray[np.int32] = rows[frames, np.arange(rule.num_codebooks)]
     return codes

@@ -84,7 +84,7 @@ class Seats:
         self._put(self.forced, seat, sequence.forced[first_forced:])
         window = self.history.shape[1]
         if window:
-            past = sequence.rows[max(0, sequence.num_rows - window) : sequence.num_rows]
+            past = sequence.grid(max(0, sequence.num_rows - window), sequence.num_rows)
             history = np.full(self.history.shape[1:], -1, dtype=np.int64)
             history[window - len(past) :] = past
             self._put(self.history, seat, history)
@@ -242,17 +242,21 @@ class GraphRunner:
             parts.append(self._replay(seated))
             self._runner.advance_states(seated)
         self._held = {entry.sequence.sequence_id for entry in batch.entries}
-        return LaunchedStep(batch, self._reader(order, parts))
+        return LaunchedStep(batch, self._reader(batch, order, parts))
 
     def _is_seated(self, entry: Entry) -> bool:
         # A sequence that starts anew, after a preemption, has new blocks and goes through its prompt again.
         sequence = entry.sequence
         return sequence.sequence_id in self._seat_of and sequence.num_cached > 0 and sequence.num_pending == 1
 
-    def _reader(self, order: list[Entry], parts: list[torch.Tensor]) -> Callable[[], dict[int, NDArray[np.int32]]]:
+    def _reader(
+        self, batch: Batch, order: list[Entry], parts: list[torch.Tensor]
+    ) -> Callable[[], NDArray[np.int32]]:
         """Start copying the drawn codes to the host. parts: int32 [n, Q], together one row for each of `order`."""
         if not parts:
-            return dict
+            return lambda: np.zeros((0, self._model.spec.rule.num_codebooks), dtype=np.int32)
+        place = {entry.sequence.sequence_id: i for i, entry in enumerate(order)}
+        places = [place[entry.sequence.sequence_id] for entry in batch.drawing]
         codes = torch.cat(parts)
         host = torch.empty(codes.shape, dtype=codes.dtype, pin_memory=self._is_cuda)
         host.copy_(codes, non_blocking=True)
@@ -260,10 +264,11 @@ class GraphRunner:
         if event is not None:
             event.record()
 
-        def read() -> dict[int, NDArray[np.int32]]:
+        def read() -> NDArray[np.int32]:
             if event is not None:
                 event.synchronize()
-            return {entry.sequence.sequence_id: row for entry, row in zip(order, host.numpy(), strict=True)}
+            codes: NDArray[np.int32] = host.numpy()[places]
+            return codes
 
         return read
 

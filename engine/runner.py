@@ -50,14 +50,21 @@ class _Run:
         """The grid row of each position; negative within the prefix."""
         return np.arange(self.first, self.end) - self.sequence.prompt.prefix_len
 
+    def codes(self) -> NDArray[np.int32]:
+        """The codes of each position's row, those of row 0 within the prefix. [num_positions, Q]."""
+        prefix_len = self.sequence.prompt.prefix_len
+        rows = self.sequence.grid(max(0, self.first - prefix_len), max(0, self.end - prefix_len))
+        num_prefix = self.num_positions - len(rows)
+        return np.concatenate([self.sequence.grid(0, 1).repeat(num_prefix, axis=0), rows]) if num_prefix else rows
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LaunchedStep:
-    """A step under way. drawn: waits for it, and gives the drawn codes [Q] by sequence id; negative ones mean that the
-    logits were not finite, or that nothing was left to draw."""
+    """A step under way. drawn: waits for it, and gives the drawn codes, int32 [D, Q], a row for each entry of the batch
+    that draws, in their order; negative ones mean that the logits were not finite, or that nothing was left to draw."""
 
     batch: Batch
-    drawn: Callable[[], dict[int, NDArray[np.int32]]]
+    drawn: Callable[[], NDArray[np.int32]]
 
 
 class Runner:
@@ -119,17 +126,17 @@ class Runner:
         return LaunchedStep(batch, lambda: drawn)
 
     @torch.inference_mode()
-    def run(self, batch: Batch) -> dict[int, NDArray[np.int32]]:
-        """Run a step and wait for it. Returns the drawn codes [Q] by sequence id."""
+    def run(self, batch: Batch) -> NDArray[np.int32]:
+        """Run a step and wait for it. Returns the drawn codes, [D, Q], as `LaunchedStep.drawn`."""
         queries: list[torch.Tensor] | None = None
         if self.cross_caches and any(entry.sequence.prompt.words for entry in batch.entries):
             queries = []
         drawing, logits = self.compute(batch, cross_queries=queries)
         if queries is not None:
             self._time_words(batch.entries, queries)
-        if logits is None:
-            return {}
         rule = self._model.spec.rule
+        if logits is None:
+            return np.zeros((0, rule.num_codebooks), dtype=np.int32)
         for i, entry in enumerate(drawing):
             if is_too_early(rule, entry.sequence):
                 logits[i, rule.eos_codebook, rule.eos] = NEVER_DRAWN
@@ -142,8 +149,8 @@ class Runner:
             rows=tuple(entry.sequence.num_rows for entry in drawing),
             history=self._history(drawing),
         )
-        drawn = sampler.draw(inputs, self._model.spec.sampling).to("cpu", torch.int32).numpy()
-        return {entry.sequence.sequence_id: codes for entry, codes in zip(drawing, drawn, strict=True)}
+        drawn: NDArray[np.int32] = sampler.draw(inputs, self._model.spec.sampling).to("cpu", torch.int32).numpy()
+        return drawn
 
     def compute(
         self, batch: Batch, *, cross_queries: list[torch.Tensor] | None = None
@@ -323,7 +330,7 @@ class Runner:
 
     def _embed(self, runs: Items[_Run]) -> torch.Tensor:
         """Row embeddings, plus the side vectors of those rows; positions of the prefix take its embeddings instead."""
-        codes = [run.sequence.rows[np.maximum(run.rows, 0)] for run in runs]
+        codes = [run.codes() for run in runs]
         x = self._model.embed(torch.from_numpy(np.concatenate(codes).astype(np.int64)).to(self._model.device))
         begin = 0
         for run in runs:
@@ -344,7 +351,7 @@ class Runner:
         for i, entry in enumerate(drawing):
             if self._skips_first and entry.sequence.num_rows == entry.sequence.num_prompt_frames + 1:
                 continue
-            past = entry.sequence.rows[max(0, entry.sequence.num_rows - width) : entry.sequence.num_rows]
+            past = entry.sequence.grid(max(0, entry.sequence.num_rows - width), entry.sequence.num_rows)
             history[i, width - len(past) :] = past
         return torch.from_numpy(history).to(self._model.device)
 

@@ -36,7 +36,9 @@ from declaim.engine.batch import Batch, Entry
 from declaim.engine.blocks import BlockPool, blocks_for
 from declaim.engine.errors import TooLong
 from declaim.engine.fairness import FairShares
+from declaim.engine.frames import draws_end
 from declaim.engine.sequence import Playback, Sequence
+from declaim.engine.spec import FrameRule
 
 SEGMENT_LEAD_S = 2.0  # how much later a segment is needed for each unfinished one before it
 FLEX_PATIENCE_S = 30.0  # how long default traffic may hold back a flex sequence
@@ -83,15 +85,17 @@ class _Place:
     weight: float
     num_branches: int
     decode: Entry  # one position, from which a row is drawn: the same object every step
+    plain: Entry  # the same, while the row is nothing but what is drawn
     entry: Entry | None  # its part in the step being planned, if it is picked
     is_running: bool = False
     line: _Line | None = None  # None until the first step after it came
     rank: Rank = (0, 0.0, 0, 0)
     alarm_at: float | None = None  # when its level changes by itself
-    plain_until: int = 0  # with fewer rows than this, known and in flight, its entry is `decode`, and has its block
+    plain_until: int = 0  # with fewer rows planned than this, its entry is `plain`, and has its block
 
 
 _rank = attrgetter("rank")
+_plain = attrgetter("plain")
 _tenant = attrgetter("tenant")
 _num_branches = attrgetter("num_branches")
 
@@ -138,7 +142,9 @@ def _split(places: list[_Place], *rank: float) -> int:
 class Scheduler:
     """Continuous batching over a fixed number of blocks."""
 
-    def __init__(self, pool: BlockPool, cross_pool: BlockPool, *, limits: SchedulerLimits) -> None:
+    def __init__(self, rule: FrameRule, pool: BlockPool, cross_pool: BlockPool, *, limits: SchedulerLimits) -> None:
+        """rule: of every sequence that will be added."""
+        self._rule = rule
         self._pool = pool
         self._cross_pool = cross_pool
         self._limits = limits
@@ -150,6 +156,7 @@ class Scheduler:
         self._new: list[_Place] = []  # not in a line yet
         self._alarms: list[tuple[float, int, _Place]] = []  # a heap; an entry that its place has forgotten is void
         self._preempted: set[int] = set()  # sequence ids, in the step being planned
+        self._surprised: set[int] = set()  # ids of those whose end was drawn with another row in flight
         self._num_running = 0
         self._num_branches = 0  # of the running
         self.num_preemptions = 0
@@ -203,6 +210,7 @@ class Scheduler:
             sequence.given.weight,
             sequence.num_branches,
             decode=decode,
+            plain=Entry(sequence, 1, draws=True, is_plain=True),
             entry=decode,
         )
         listener.places.append(place)
@@ -214,33 +222,57 @@ class Scheduler:
         self._preempted.clear()
         self._line_up(now)
         picked = self._everybody() if self._has_place_for_all() else self._pick(now)
-        to_plan = [
-            place for place in picked if place.sequence.num_rows + place.sequence.num_in_flight >= place.plain_until
-        ]
-        self._plan(to_plan, spare=self._limits.max_step_positions - sum(map(_num_branches, picked)))
-        return Batch(tuple([place.entry for place in picked if place.entry is not None]))
+        others = [place for place in picked if place.sequence.num_planned >= place.plain_until]
+        if not others:
+            return Batch(tuple(map(_plain, picked)), is_plain=True)
+        self._plan(others, spare=self._limits.max_step_positions - sum(map(_num_branches, picked)))
+        entries = [place.plain if place.sequence.num_planned < place.plain_until else place.entry for place in picked]
+        return Batch(tuple([entry for entry in entries if entry is not None]))
 
     def launch(self, batch: Batch) -> None:
         """Record that a step is under way: its positions are as good as cached, the rows it draws are in flight."""
         for entry in batch.entries:
             entry.sequence.num_cached += entry.num_positions
-            entry.sequence.num_in_flight += entry.draws
+            entry.sequence.num_planned += entry.draws
 
-    def commit(self, batch: Batch, drawn: dict[int, NDArray[np.int32]]) -> None:
-        """Record what a launched step gave: drawn rows ([Q], by sequence id) are appended, the done leave."""
-        for entry in batch.entries:
-            sequence = entry.sequence
-            was_open = sequence.end_row is None
-            if entry.draws:
-                sequence.num_in_flight -= 1
-                sequence.append(drawn[sequence.given.sequence_id])
-            end_row = sequence.end_row
-            if end_row is None:
-                continue
-            if was_open and (place := self._places.get(sequence.sequence_id)):
-                place.plain_until = 0
-            if sequence.num_rows >= end_row and sequence.is_done:
-                self.remove(sequence)
+    def commit(self, batch: Batch, drawn: NDArray[np.int32]) -> list[Sequence]:
+        """Record what a launched step gave; those that are done leave, and are returned.
+
+        drawn: int32 [D, Q], a row for each entry that draws, in their order. It is kept.
+        """
+        drawing = batch.drawing
+        with_care = set(np.flatnonzero(draws_end(self._rule, drawn)).tolist())
+        if not batch.is_plain:
+            with_care.update(i for i, entry in enumerate(drawing) if not entry.is_plain)
+        if self._surprised:
+            with_care.update(i for i, entry in enumerate(drawing) if entry.sequence.sequence_id in self._surprised)
+        if not with_care:
+            for entry, codes in zip(drawing, drawn, strict=True):
+                entry.sequence.rows.append(codes)
+            return []
+        done: list[Sequence] = []
+        for i, (entry, codes) in enumerate(zip(drawing, drawn, strict=True)):
+            if i not in with_care:
+                entry.sequence.rows.append(codes)
+            elif self._append(entry.sequence, codes):
+                done.append(entry.sequence)
+        return done
+
+    def _append(self, sequence: Sequence, codes: NDArray[np.int32]) -> bool:
+        """Append a row that may begin the end, or be part of it. Whether it was the last one."""
+        was_open = sequence.end_row is None
+        sequence.append(codes)
+        self._surprised.discard(sequence.sequence_id)
+        place = self._places.get(sequence.sequence_id)
+        if place is None:  # it has left, and this row was in flight
+            return False
+        if was_open and sequence.end_row is not None:
+            place.plain_until = 0
+            if sequence.num_in_flight:
+                self._surprised.add(sequence.sequence_id)
+        if sequence.is_done:
+            self.remove(sequence)
+        return sequence.is_done
 
     def remove(self, sequence: Sequence) -> None:
         """Take a sequence out, wherever it is, and free its blocks. No effect if it has left already."""
@@ -363,7 +395,7 @@ class Scheduler:
                 if not room:
                     break
                 sequence = place.sequence
-                if sequence.num_rows + sequence.num_in_flight >= place.plain_until:
+                if sequence.num_planned >= place.plain_until:
                     if not sequence.can_step:
                         num_served[place.tenant] += 1
                         continue
@@ -400,10 +432,10 @@ class Scheduler:
                 continue
             is_decoding = num_pending == 1
             place.entry = place.decode if is_decoding else Entry(sequence, count, draws=count == num_pending)
-            if is_decoding and sequence.num_cached:  # before its first step its length may not be known
-                last_row = sequence.last_end_row if sequence.end_row is None else sequence.end_row
+            # Before its first step its length may not be known.
+            if is_decoding and sequence.num_cached and sequence.num_planned >= len(sequence.forced):
                 num_held = len(sequence.block_tables[0]) * self._limits.block_size - sequence.prompt.prefix_len
-                place.plain_until = min(num_held + 1, last_row + sequence.rule.num_drain_rows)
+                place.plain_until = min(num_held + 1, sequence.last_row + min(0, sequence.rule.num_drain_rows - 1))
 
     # Blocks.
 

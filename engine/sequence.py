@@ -89,18 +89,20 @@ class Sequence:
     num_preemptions: int = 0
 
     # set by the scheduler and `append`
-    num_in_flight: int = 0  # rows being drawn: positions that can be planned with, codes not known yet
+    rows: list[NDArray[np.int32]] = field(init=False)  # those known so far, [Q] each
+    num_planned: int = field(init=False)  # they, and rows being drawn: what can be planned with
 
     # set by `append`
-    num_rows: int = 0
     end_row: int | None = None
     finish_reason: FinishReason | None = None
 
     # set by `time_words`
     words: tuple[Word, ...] = ()  # seconds from the segment's start
 
+    # set by its stream
+    num_rows_wanted: int = 0  # with fewer known there is nothing new to decode, unless the audio has ended
+
     # set once below
-    rows: NDArray[np.int32] = field(init=False)  # [max_rows, Q]
     forced: NDArray[np.int32] = field(init=False)
     last_end_row: int = field(init=False)  # where the audio ends if nothing ends it before
 
@@ -108,9 +110,8 @@ class Sequence:
         num_prompt = len(self.prompt.prompt_frames)
         self.forced = frames.forced_rows(self.rule, self.prompt.prompt_frames)
         self.last_end_row = num_prompt + self.prompt.max_frames + 1
-        self.rows = np.full((self.max_rows, self.rule.num_codebooks), self.rule.fill, dtype=np.int32)
-        self.rows[: num_prompt + 1] = self.forced[: num_prompt + 1]
-        self.num_rows = num_prompt + 1
+        self.rows = list(self.forced[: num_prompt + 1])
+        self.num_planned = len(self.rows)
 
     @property
     def sequence_id(self) -> int:
@@ -132,12 +133,21 @@ class Sequence:
     @property
     def max_positions(self) -> int:
         """Positions that are ever computed, at most: the last row is drawn and never fed back."""
-        return self.prompt.prefix_len + self.max_rows - 1
+        return self.prompt.prefix_len + self.last_end_row + max(1, self.rule.num_drain_rows) - 1
+
+    @property
+    def num_rows(self) -> int:
+        return len(self.rows)
+
+    @property
+    def num_in_flight(self) -> int:
+        """Rows being drawn: their codes are not known yet."""
+        return self.num_planned - len(self.rows)
 
     @property
     def num_positions(self) -> int:
         """Positions known so far, those of rows in flight included."""
-        return self.prompt.prefix_len + self.num_rows + self.num_in_flight
+        return self.prompt.prefix_len + self.num_planned
 
     @property
     def num_pending(self) -> int:
@@ -152,11 +162,17 @@ class Sequence:
     def can_step(self) -> bool:
         """Whether there is a step to plan. Rows in flight may be the last ones; and only a step that runs right after
         the one that draws them finds their codes where it needs them."""
-        num_planned = self.num_rows + self.num_in_flight
-        last_row = self.last_end_row if self.end_row is None else self.end_row
-        if num_planned >= last_row + self.rule.num_drain_rows:
+        num_closing = self.rule.num_drain_rows
+        if self.end_row is None:  # that it ends there has to be drawn, even if that row is not part of it
+            num_closing = max(1, num_closing)
+        if self.num_planned >= self.last_row + num_closing:
             return False
         return self.num_in_flight == 0 or self.num_pending == 1
+
+    @property
+    def last_row(self) -> int:
+        """Where the audio ends, or where it does if nothing ends it before."""
+        return self.last_end_row if self.end_row is None else self.end_row
 
     @property
     def num_prompt_frames(self) -> int:
@@ -189,17 +205,17 @@ class Sequence:
                 self.end_row, self.finish_reason = row, "stop"
             elif row == self.last_end_row:
                 self.end_row, self.finish_reason = row, "length"
-        if row >= len(self.forced) and (self.end_row is None or row < self.end_row):
-            # Most rows: what was drawn, as it is.
-            self.rows[row] = drawn
-            self.num_rows = row + 1
-            return
         if self.is_done:  # a rule without drain rows: the row that ends the audio is not part of it
+            self.num_planned -= 1
             return
         end_row = self.end_row if self.end_row is not None and row >= self.end_row else None
-        self.rows[row] = frames.next_row(self.rule, drawn, row, end_row=end_row, forced=self.forced)
-        self.num_rows += 1
+        self.rows.append(frames.next_row(self.rule, drawn, row, end_row=end_row, forced=self.forced))
+
+    def grid(self, first: int, last: int) -> NDArray[np.int32]:
+        """Rows first .. last (exclusive), as far as they are known. [rows, Q]."""
+        return np.array(self.rows[first:last], dtype=np.int32).reshape(-1, self.rule.num_codebooks)
 
     def codes(self, first: int, last: int) -> NDArray[np.int32]:
         """New frames first .. last (exclusive), delay undone. [last - first, Q]."""
-        return frames.undelay(self.rule, self.rows, first, last, num_prompt_frames=self.num_prompt_frames)
+        begin = self.num_prompt_frames + 1 + first
+        return frames.undelay(self.rule, self.grid(begin, begin + last - first + self.rule.max_delay))

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from declaim.engine.chunks import ChunkPlanner, ChunkPolicy, Cut
 from declaim.engine.errors import DeclaimError
+from declaim.engine.frames import num_rows_for
 from declaim.engine.guard import Guard, Verdict
 from declaim.engine.request import AudioChunk, FinishReason, Word
 from declaim.engine.sequence import Playback, Sequence
@@ -118,6 +119,9 @@ class RequestStream:
                     num_frames=cut.last - cut.first,
                 )
             )
+        sequence.num_rows_wanted = num_rows_for(
+            sequence.rule, self._planners[segment].num_wanted, num_prompt_frames=sequence.num_prompt_frames
+        )
         return windows
 
     def accept(self, decoded: DecodedWindow) -> None:
@@ -198,7 +202,7 @@ class RequestStream:
     def _words(self, sequence: Sequence, first: int, last: int) -> tuple[Word, ...]:
         """The words that begin in frames first .. last (exclusive) of a sequence; none is heard after it ends."""
         rate_hz = self._codec.frame_rate_hz
-        most = len(sequence.rows) if self._max_frames is None else self._max_frames - self._segment_first
+        most = sequence.max_rows if self._max_frames is None else self._max_frames - self._segment_first
         if sequence.end_row is not None:
             most = min(most, sequence.end_row - 1 - sequence.num_prompt_frames)
         offset_s = self._segment_first / rate_hz

@@ -28,7 +28,7 @@ class Engine:
 
     def __init__(self, *, max_batch: int = 8, num_blocks: int = 10_000) -> None:
         self.scheduler = Scheduler(
-            BlockPool(num_blocks), BlockPool(0), limits=SchedulerLimits(4, max_batch, 4096, max_lead_s=8.0)
+            RULE, BlockPool(num_blocks), BlockPool(0), limits=SchedulerLimits(4, max_batch, 4096, max_lead_s=8.0)
         )
         self.now = 0.0
         self.frames: Counter[str] = Counter()  # drawn, by tenant
@@ -59,7 +59,7 @@ class Engine:
             self.now += STEP_S
             for entry in batch.entries:
                 self._draw(entry.sequence)
-            self.scheduler.commit(batch, {entry.sequence.sequence_id: DRAWN for entry in batch.entries})
+            self.scheduler.commit(batch, np.tile(DRAWN, (len(batch.drawing), 1)))
             self.scheduler.check_integrity()
 
     def _draw(self, sequence: Sequence) -> None:

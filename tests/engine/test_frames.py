@@ -45,7 +45,7 @@ def run_to_the_end(sequence: Sequence, drawn: NDArray[np.int32]) -> NDArray[np.i
     """Feed row t of `drawn` as the draw of grid row t. Returns the grid [T, Q]."""
     while not sequence.is_done:
         sequence.append(drawn[sequence.num_rows])
-    return sequence.rows[: sequence.num_rows]
+    return np.array(sequence.rows)
 
 
 def dia_grid(prompt: NDArray[np.int32], drawn: NDArray[np.int32], *, max_new_rows: int) -> list[list[int]]:
@@ -191,6 +191,7 @@ def test_an_end_code_on_another_codebook_or_in_a_family_without_one_ends_nothing
     drawn[0] = 3
     assert not frames.draws_end(DIA, drawn)
     assert not frames.draws_end(LARK, np.full(8, EOS, np.int32))
+    assert frames.draws_end(DIA, np.array([[EOS] * 9, [3] * 9])).tolist() == [True, False]
 
 
 @pytest.mark.parametrize(("num_rows", "ready"), [(1, 0), (16, 0), (17, 1), (40, 24)])

@@ -82,8 +82,8 @@ def test_seats_hold_the_rows_that_the_sequences_do(name: str, data: st.DataObjec
         for seat, sequence in zip(where, sequences, strict=True):
             if sequence.is_done:
                 continue
-            newest = sequence.rows[sequence.num_rows - 1]
+            newest = sequence.rows[-1]
             assert seats.last[seat].tolist() == newest.tolist()
             window = seats.history.shape[1]
-            past = sequence.rows[max(0, sequence.num_rows - window) : sequence.num_rows]
+            past = sequence.grid(max(0, sequence.num_rows - window), sequence.num_rows)
             assert seats.history[seat, window - len(past) :].tolist() == past.tolist()

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 
 from declaim.engine.batch import Batch
 from declaim.engine.blocks import BlockPool
@@ -34,11 +35,12 @@ def make_sequence(
     playback: Playback | None = None,
     segment: int = 0,
     arrived_at: float = 0.0,
+    rule: FrameRule = RULE,
 ) -> Sequence:
     prompt = Prompt((), prefix_len, cross_len, np.zeros((num_prompt, 2), np.int32), num_frames, num_branches, 1.0)
     return Sequence(
         SequenceInput(sequence_id, f"r{sequence_id}", segment, SAMPLING, prompt, arrived_at),
-        RULE,
+        rule,
         playback or Playback(paced=False),
     )
 
@@ -53,6 +55,7 @@ def listener(lead_s: float | None, *, now: float = 0.0) -> Playback:
 def make_scheduler(
     num_blocks: int = 1000,
     *,
+    rule: FrameRule = RULE,
     num_cross_blocks: int = 100,
     block_size: int = 4,
     max_batch: int = 8,
@@ -60,10 +63,15 @@ def make_scheduler(
     max_lead_s: float = 8.0,
 ) -> Scheduler:
     return Scheduler(
+        rule,
         BlockPool(num_blocks),
         BlockPool(num_cross_blocks),
         limits=SchedulerLimits(block_size, max_batch, max_step_positions, max_lead_s),
     )
+
+
+def drawn_by(batch: Batch) -> NDArray[np.int32]:
+    return np.tile(DRAWN, (len(batch.drawing), 1))
 
 
 @dataclass
@@ -81,9 +89,8 @@ class Driver:
     def step(self, now: float = 0.0) -> Batch:
         batch = self.scheduler.schedule(now)
         self.check(batch)
-        drawn = {entry.sequence.sequence_id: DRAWN for entry in batch.entries if entry.draws}
         self.scheduler.launch(batch)
-        self.scheduler.commit(batch, drawn)
+        self.scheduler.commit(batch, drawn_by(batch))
         self.scheduler.check_integrity()
         self.steps.append({entry.sequence.sequence_id: entry.num_positions for entry in batch.entries})
         return batch
@@ -299,7 +306,7 @@ def test_the_least_urgent_is_preempted_and_starts_again_with_all_it_had() -> Non
     assert (urgent.num_preemptions, middle.num_preemptions, last.num_preemptions) == (0, 0, 1)
     assert last.num_cached == 0
     assert not last.is_admitted
-    rows = last.rows[: last.num_rows].copy()
+    rows = list(last.rows)
     driver.run_out()
     np.testing.assert_array_equal(last.rows[: len(rows)], rows)
     assert urgent.num_preemptions == 0
@@ -318,6 +325,10 @@ class Plan:
     is_paced: bool
     arrives_at_step: int
     leaves_at_step: int | None
+    ends_at_row: int | None
+
+    def draws(self, row: int) -> NDArray[np.int32]:
+        return np.array([RULE.eos if row == self.ends_at_row else row % 7, self.num_frames % 7], dtype=np.int32)
 
 
 plans = st.builds(
@@ -331,12 +342,14 @@ plans = st.builds(
     is_paced=st.booleans(),
     arrives_at_step=st.integers(0, 30),
     leaves_at_step=st.none() | st.integers(0, 40),
+    ends_at_row=st.none() | st.integers(2, 30),
 )
 
 
-def sequence_of(plan: Plan, sequence_id: int) -> Sequence:
+def sequence_of(plan: Plan, sequence_id: int, *, rule: FrameRule = RULE) -> Sequence:
     return make_sequence(
         sequence_id,
+        rule=rule,
         num_frames=plan.num_frames,
         num_prompt=plan.num_prompt,
         prefix_len=plan.prefix_len,
@@ -395,15 +408,17 @@ def test_everything_finishes_with_any_number_of_blocks_that_fits_each_alone(
     max_batch=st.integers(1, 6),
     max_step_positions=st.integers(2, 40),
     spare_blocks=st.integers(0, 30),
+    rule=st.sampled_from([RULE, replace(RULE, drain=())]),
 )
 def test_committing_a_step_late_gives_every_sequence_the_same_rows_in_the_same_order(
-    crowd: list[Plan], block_size: int, max_batch: int, max_step_positions: int, spare_blocks: int
+    crowd: list[Plan], block_size: int, max_batch: int, max_step_positions: int, spare_blocks: int, rule: FrameRule
 ) -> None:
     """As beside a GPU: the next step is planned and launched before the codes of the last one are known."""
-    sequences = [sequence_of(plan, i) for i, plan in enumerate(crowd)]
+    sequences = [sequence_of(plan, i, rule=rule) for i, plan in enumerate(crowd)]
     least = max(-(-sequence.max_positions // block_size) * sequence.num_branches for sequence in sequences)
     scheduler = make_scheduler(
         least + spare_blocks,
+        rule=rule,
         num_cross_blocks=-(-9 // block_size),
         block_size=block_size,
         max_batch=max_batch,
@@ -412,7 +427,7 @@ def test_committing_a_step_late_gives_every_sequence_the_same_rows_in_the_same_o
     driver = Driver.of(scheduler)
     for sequence in sequences:
         scheduler.add(sequence)
-    gone = set()
+    gone, finished = set(), list[int]()
     launched: Batch | None = None
     for step in range(3000):
         if not (scheduler.num_running or scheduler.num_waiting or launched):
@@ -429,19 +444,22 @@ def test_committing_a_step_late_gives_every_sequence_the_same_rows_in_the_same_o
         assert batch.entries or launched, "nobody runs and nobody is on the way, although somebody is there"
         scheduler.launch(batch)
         if launched is not None:
-            known = tuple(entry for entry in launched.entries if entry.sequence.sequence_id not in gone)
-            scheduler.commit(Batch(known), {entry.sequence.sequence_id: DRAWN for entry in known if entry.draws})
+            drawn = [crowd[entry.sequence.sequence_id].draws(entry.sequence.num_rows) for entry in launched.drawing]
+            done = scheduler.commit(launched, np.array(drawn, dtype=np.int32).reshape(-1, rule.num_codebooks))
+            assert all(sequence.is_done for sequence in done)
+            finished += [sequence.sequence_id for sequence in done]
             scheduler.check_integrity()
         launched = batch if batch.entries else None
     assert scheduler.num_running == scheduler.num_waiting == scheduler.num_blocks_used == 0
     for plan, sequence in zip(crowd, sequences, strict=True):
         if sequence.sequence_id in gone:
             continue
-        alone = sequence_of(plan, sequence.sequence_id)
+        alone = sequence_of(plan, sequence.sequence_id, rule=rule)
         while not alone.is_done:
-            alone.append(DRAWN)
+            alone.append(plan.draws(alone.num_rows))
+        assert finished.count(sequence.sequence_id) == 1
         assert sequence.is_done and sequence.num_in_flight == 0
-        assert sequence.rows[: sequence.num_rows].tolist() == alone.rows[: alone.num_rows].tolist()
+        assert np.array_equal(sequence.rows, alone.rows)
 
 
 def assert_the_most_urgent_moves(driver: Driver, *, now: float) -> None:
@@ -520,5 +538,5 @@ def test_scheduling_256_of_the_running_sequences_takes_less_than_a_tenth_of_a_mi
         times.append(time.perf_counter() - begin)
         assert len(batch.entries) == 256
         scheduler.launch(batch)
-        scheduler.commit(batch, {entry.sequence.sequence_id: DRAWN for entry in batch.entries})
+        scheduler.commit(batch, drawn_by(batch))
     assert min(times) < 3e-4, times

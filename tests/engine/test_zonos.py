@@ -242,10 +242,11 @@ def rows_taken_in_turns(model: ZonosModel, turns: list[int], *, num_states: int)
     for turn in turns:
         sequence = sequences[turn]
         count = sequence.num_pending
-        drawn = runner.run(Batch((Entry(sequence, count, draws=True),)))
+        (drawn,) = runner.run(Batch((Entry(sequence, count, draws=True),)))
         sequence.num_cached += count
-        sequence.append(drawn[turn])
-    return [sequence.rows[: sequence.num_rows] for sequence in sequences]
+        sequence.num_planned += 1
+        sequence.append(drawn)
+    return [np.array(sequence.rows) for sequence in sequences]
 
 
 def test_a_state_that_lost_its_slot_to_another_is_made_again(
