@@ -244,7 +244,7 @@ def growths(samples: Sequence[Sample]) -> list[Growth]:
             return float(np.median(new) - np.median(old)) / hours, float(2 * scatter) / hours
 
         found.append(
-            Growth(before[0].name, pid, hours, slope("rss_mb"), slope("vram_mb"), _middle(before), _middle(after))
+            Growth(after[-1].name, pid, hours, slope("rss_mb"), slope("vram_mb"), _middle(before), _middle(after))
         )
     return found
 
@@ -339,7 +339,8 @@ def main() -> None:
     verdict = (
         "FAILED: " + "; ".join(faults)
         if faults
-        else f"nothing grows: the server {own.rss[0]:+.0f} MB an hour (+- {own.rss[1]:.0f})"
+        else f"nothing grows beyond what may: the server {own.rss[0]:+.0f} MB an hour (+- {own.rss[1]:.0f}), "
+        f"{arguments.growth:g} may be, and once {arguments.settling:g} MB"
     )
     machine.CONSOLE.print(verdict, soft_wrap=True)
     machine.end(
