@@ -7,11 +7,21 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 from transformers.audio_utils import mel_filter_bank
 
-from declaim.engine import InvalidRequest, ModelLoadError, Voice
+from declaim.engine import (
+    EncodedVoice,
+    Engine,
+    EngineConfig,
+    InvalidRequest,
+    ModelLoadError,
+    SamplingParams,
+    SpeechRequest,
+    Voice,
+)
 from declaim.engine.speaker import ENCODER_NAME, N_FFT, NUM_MELS, PROJECTION_NAME, SpeakerEncoder, mel_filters
-from tests.zonos_checkpoints import FIXTURE, make_speaker, reference_audio
+from tests.zonos_checkpoints import CONFIGS, FIXTURE, make_speaker, make_zonos, reference_audio
 
 CPU = torch.device("cpu")
 
@@ -54,3 +64,38 @@ def test_a_projection_of_another_shape_is_refused(folder: Path, tmp_path: Path) 
     torch.save({"bias": torch.zeros(3)}, tmp_path / PROJECTION_NAME)
     with pytest.raises(ModelLoadError, match="holds no projection"):
         SpeakerEncoder.load(tmp_path, device=CPU)
+
+
+def test_a_voice_is_encoded_once_on_the_cpu_and_sets_how_zonos_sounds(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = make_zonos(tmp_path / "zonos", CONFIGS["transformer"], seed=3)
+    (model / "speaker").symlink_to(folder)
+    encoders: list[SpeakerEncoder] = []
+    encode = SpeakerEncoder.encode
+
+    def counting(self: SpeakerEncoder, voice: Voice) -> NDArray[np.float32]:
+        encoders.append(self)
+        return encode(self, voice)
+
+    monkeypatch.setattr(SpeakerEncoder, "encode", counting)
+    monkeypatch.setattr("declaim.engine.models.zonos.EspeakPhonemizer", lambda punctuation: lambda text, language: text)
+    voice = Voice("", reference_audio(seed=22), 16_000)
+    sampling = SamplingParams(temperature=0.0, max_seconds=0.2)
+    with Engine.from_pretrained(model, EngineConfig(device="cpu", memory_gb=2)) as engine:
+        assert not encoders
+        engine.add_voice("ann", voice)
+        kept = engine.encode_voice(voice)
+        by_name, by_audio, kept_by_a_store, nobody = engine.generate(
+            [
+                SpeechRequest("oʊ", voice=who, sampling=sampling, normalize=False)
+                for who in ("ann", voice, EncodedVoice("", kept.codes, kept.embedding), None)
+            ],
+            progress=False,
+        )
+    (encoder,) = encoders
+    assert {parameter.device for parameter in encoder._net.parameters()} == {CPU}
+    assert kept.embedding is not None and kept.embedding.shape == (128,)
+    for other in (by_audio, kept_by_a_store):
+        np.testing.assert_array_equal(other.codes, by_name.codes)
+    assert not np.array_equal(nobody.codes, by_name.codes)
