@@ -247,7 +247,6 @@ def test_sockets_that_say_nothing_are_closed_at_once_and_told_why_while_another_
         with (
             connect(f"{address}/v1/speak?encoding=linear16") as deepgram,
             connect(f"{address}/v1/audio/speech/stream") as live,
-            connect(f"{address}/v1/audio/speech/stream") as before_its_config,
             httpx.stream("POST", url + SPEECH, json=BODY, timeout=20) as response,
         ):
             deepgram.recv(10)
@@ -255,7 +254,7 @@ def test_sockets_that_say_nothing_are_closed_at_once_and_told_why_while_another_
             parts = response.iter_raw()
             next(parts)
             process.send_signal(signal.SIGTERM)
-            for socket in (deepgram, live, before_its_config):
+            for socket in (deepgram, live):
                 with pytest.raises(ConnectionClosed) as closed:
                     socket.recv(10)
                 assert closed.value.rcvd is not None and closed.value.rcvd.code == 1001
