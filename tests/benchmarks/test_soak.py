@@ -127,11 +127,13 @@ def test_rays_processes_have_names(soak: Any, command: list[str], name: str) -> 
     assert soak._name_of(command) == name
 
 
-def test_a_short_soak_passes() -> None:
+def test_a_short_soak_passes(tmp_path: Path) -> None:
     command = [sys.executable, str(BENCHMARKS / "soak.py"), "--vocoder", "inline", "--minutes", "0.2", "--rest", "0.1"]
     command += ["--listeners", "2", "--sample", "0.5", "--settling", "150"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=200)
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=200, env={**os.environ, "TMPDIR": str(tmp_path)}
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     document = json.loads(done.stdout.splitlines()[-1])
     assert document["result"]["verdict"].startswith("nothing grows")
-    assert document["result"]["ends"]["whole"] >= 3
+    assert document["result"]["ends"]["whole"] >= 1
