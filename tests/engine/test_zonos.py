@@ -32,6 +32,7 @@ from declaim.engine import (
     TooLong,
 )
 from declaim.engine.batch import Batch, Entry
+from declaim.engine.chunks import ChunkPlanner, ChunkPolicy
 from declaim.engine.config import Int4Recipe
 from declaim.engine.controls import read_instructions, resolve_controls
 from declaim.engine.espeak import EspeakPhonemizer, JapaneseReader
@@ -51,6 +52,7 @@ from declaim.kernels.linear import linear
 from tests.zonos_checkpoints import (
     CASES,
     CONFIGS,
+    DAC,
     ESPEAK,
     FIXTURE,
     FRAME_RATE_HZ,
@@ -279,6 +281,22 @@ def test_audio_streamed_is_audio_whole_and_the_codecs_own(checkpoint: Callable[[
     assert len(result.codes) > 60
     np.testing.assert_allclose(result.audio, expected, atol=1e-4)
     np.testing.assert_array_equal(streamed, result.audio)
+
+
+def test_the_windows_that_the_codec_decodes_have_few_shapes_however_long_requests_are() -> None:
+    """So what a GPU keeps for each shape, as workspaces and plans, stops growing: memory is flat after some requests."""
+    config = EngineConfig()
+    policy = ChunkPolicy.from_seconds(DAC, first_s=config.first_chunk_s, max_s=config.max_chunk_s)
+
+    def shapes(lengths: range) -> set[tuple[int, int, int]]:
+        cuts = (cut for length in lengths for cut in ChunkPlanner(policy, DAC).ready(length, is_done=True))
+        return {(c.context_last - c.context_first, c.first - c.context_first, c.last - c.first) for c in cuts}
+
+    short = shapes(range(1, 3 * policy.max_frames))
+    assert shapes(range(3 * policy.max_frames, 8 * policy.max_frames)) <= short
+    assert max(frames for frames, _, _ in short) <= policy.max_frames + DAC.left + DAC.right
+    # Whole windows, of which those before the last may see less than their right context; and last ones of any length.
+    assert len(short) < 2 * policy.max_frames + 8 * (DAC.right + 1)
 
 
 def test_an_end_cannot_be_the_first_code(tmp_path: Path) -> None:
