@@ -284,7 +284,7 @@ def test_audio_streamed_is_audio_whole_and_the_codecs_own(checkpoint: Callable[[
 
 
 def test_the_windows_that_the_codec_decodes_have_few_shapes_however_long_requests_are() -> None:
-    """So what a GPU keeps for each shape, as workspaces and plans, stops growing: memory is flat after some requests."""
+    """So what a GPU keeps for each shape, as workspaces and plans, stops growing after some requests."""
     config = EngineConfig()
     policy = ChunkPolicy.from_seconds(DAC, first_s=config.first_chunk_s, max_s=config.max_chunk_s)
 
