@@ -16,6 +16,7 @@ from declaim.engine.progress import Progress, ignore_progress
 log = logging.getLogger(__name__)
 
 CHUNK_BYTES = 1 << 20
+_WHOLE_BYTES = 64 << 20
 # In a folder of engine/quantize.py: what it did, each file's SHA-256 included; until it is whole, how far it is.
 QUANTIZATION_NAME = "quantization_config.json"
 PROGRESS_NAME = "quantization_progress.json"
@@ -72,6 +73,29 @@ def hash_file(path: Path, progress: Progress, *, before: int, total: int, with_g
             done += len(chunk)
             progress("verify", done, total)
     return FileHash(sha256.hexdigest(), git_sha1.hexdigest())
+
+
+def fingerprint(*folders: Path) -> str:
+    """What tells the files in these folders from others: 64 hex digits, in a fraction of the time that loading takes.
+
+    A file of up to 64 MiB counts with all its bytes, a larger one with its size, the time it was written, and its first
+    and last MiB: weights that were trained on, or swapped, change it, whatever they are called. Raises: OSError.
+    """
+    digest = hashlib.sha256()
+    for folder in folders:
+        for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+            status = path.stat()
+            is_large = status.st_size > _WHOLE_BYTES
+            written = status.st_mtime_ns if is_large else 0
+            digest.update(f"{path.relative_to(folder).as_posix()}\0{status.st_size}\0{written}\0".encode())
+            with path.open("rb") as file:
+                if is_large:
+                    digest.update(file.read(CHUNK_BYTES))
+                    file.seek(-CHUNK_BYTES, 2)
+                while chunk := file.read(CHUNK_BYTES):
+                    digest.update(chunk)
+        digest.update(b"\0")
+    return digest.hexdigest()
 
 
 def check_record(folder: Path, record: Record, progress: Progress = ignore_progress) -> Verdict:

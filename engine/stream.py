@@ -16,6 +16,7 @@ from declaim.engine.chunks import ChunkPlanner, ChunkPolicy, Cut
 from declaim.engine.errors import DeclaimError
 from declaim.engine.frames import num_rows_for
 from declaim.engine.guard import Guard, Verdict
+from declaim.engine.joints import Joint
 from declaim.engine.request import AudioChunk, FinishReason, Word
 from declaim.engine.sequence import Playback, Sequence
 from declaim.engine.spec import CodecSpec
@@ -59,9 +60,11 @@ class RequestStream:
         policy: ChunkPolicy,
         max_frames: int | None,
         guards: Items[Guard | None],
+        ends_paragraph: Items[bool] = (),
     ) -> None:
         """max_frames: the most frames of all sequences together; None where each has its own limit only. guards: what
-        each sequence's length may be, where the family does not know it."""
+        each sequence's length may be, where the family does not know it. ends_paragraph: after which segments the pause
+        is a paragraph's; none where it is left out."""
         self.request_id = request_id
         self.sequences = tuple(sequences)
         self.sink = sink
@@ -77,6 +80,14 @@ class RequestStream:
         self._next_index = 0  # of the window delivered next, within sequence `playback.segment`
         self._num_delivered = 0
         self._segment_first = 0  # frames delivered before the segment that is delivered next
+        self._ends_paragraph = tuple(ends_paragraph) or (False,) * len(self.sequences)
+        self._joint = self._joint_of(0)  # of the segment that is delivered next
+        self._segment_begin_s = 0.0  # when that segment is heard
+        self._words_begin_s = 0.0  # none of its words is told to begin before this: the words before it end here
+        self._words_end_s = 0.0  # where all words end that were told, or wait to be
+        self._num_untold = 0  # frames of chunks that gave no samples
+        self._untold_words: list[Word] = []
+        self._word_frame = 0  # of the segment: words that begin before it were told, or wait to be
         self._delivered_codes: list[NDArray[np.int32]] = []
         self.finish_reason: FinishReason | None = None
         self.num_underruns = 0  # times that the listener had heard all there was
@@ -147,6 +158,11 @@ class RequestStream:
                 self.playback.segment += 1
                 self._next_index = 0
                 self._segment_first = self._num_delivered
+                self._segment_begin_s = self.playback.delivered_s
+                self._words_begin_s = self._words_end_s
+                self._word_frame = 0
+                if self.playback.segment < len(self.sequences):
+                    self._joint = self._joint_of(self.playback.segment)
 
     def codes(self) -> NDArray[np.int32]:
         """The codes of every chunk sent so far, [num_frames, Q]."""
@@ -163,29 +179,44 @@ class RequestStream:
         reason: FinishReason | None = None
         if is_last:
             reason = self._reason(is_cut_short=is_cut_short)
-        first_frame = self._num_delivered
         self._num_delivered += num_frames
         self._delivered_codes.append(sequence.codes(cut.first, cut.first + num_frames))
-        samples = samples[: num_frames * self._codec.hop]
+        ends_segment = is_last or cut.is_last
+        samples = self._joint.feed(samples[: num_frames * self._codec.hop], is_end=ends_segment)
+        if self._joint.has_begun:
+            self._untold_words += self._words(sequence, self._word_frame, cut.first + num_frames)
+            self._word_frame = cut.first + num_frames
+            self._words_end_s = max((word.end_s for word in self._untold_words), default=self._words_end_s)
         if len(samples) and self.playback.first_audio_at is None:
             self.playback.first_audio_at = now
         elif len(samples) and self.playback.paced and self.playback.lead_s(now) < 0.0:
             self.num_underruns += 1
         self.playback.delivered_s += len(samples) / self._codec.sample_rate_hz
-        if num_frames or is_last:
+        self._num_untold += num_frames
+        if len(samples) or is_last:
             self.sink.deliver(
                 AudioChunk(
                     request_id=self.request_id,
                     audio=samples,
-                    first_frame=first_frame,
-                    num_frames=num_frames,
+                    first_frame=self._num_delivered - self._num_untold,
+                    num_frames=self._num_untold,
                     sample_rate_hz=self._codec.sample_rate_hz,
                     is_last=is_last,
                     finish_reason=reason,
-                    words=self._words(sequence, cut.first, cut.first + num_frames),
+                    words=tuple(self._untold_words),
                 )
             )
+            self._num_untold = 0
+            self._untold_words = []
         self.finish_reason = reason
+
+    def _joint_of(self, segment: int) -> Joint:
+        return Joint(
+            self._codec.sample_rate_hz,
+            is_first=segment == 0,
+            is_last=segment == len(self.sequences) - 1,
+            ends_paragraph=self._ends_paragraph[segment],
+        )
 
     def _reason(self, *, is_cut_short: bool) -> FinishReason:
         """Of the whole request: the worst of its segments', as far as they are heard."""
@@ -202,12 +233,15 @@ class RequestStream:
     def _words(self, sequence: Sequence, first: int, last: int) -> tuple[Word, ...]:
         """The words that begin in frames first .. last (exclusive) of a sequence; none is heard after it ends."""
         rate_hz = self._codec.frame_rate_hz
-        most = sequence.max_rows if self._max_frames is None else self._max_frames - self._segment_first
+        most = len(sequence.rows) if self._max_frames is None else self._max_frames - self._segment_first
         if sequence.end_row is not None:
             most = min(most, sequence.end_row - 1 - sequence.num_prompt_frames)
-        offset_s = self._segment_first / rate_hz
+
+        def heard_s(at_s: float) -> float:
+            return max(self._words_begin_s, self._segment_begin_s + self._joint.heard_s(at_s))
+
         return tuple(
-            Word(word.text, offset_s + word.start_s, offset_s + min(word.end_s, most / rate_hz))
+            Word(word.text, heard_s(word.start_s), heard_s(min(word.end_s, most / rate_hz)))
             for word in sequence.words
             if first <= word.start_s * rate_hz < last
         )

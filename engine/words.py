@@ -21,6 +21,7 @@ _WORD = re.compile(
     rf"[{UNSPACED}][{_WIDE_MARKS}.,!?;:]*|[^\s{UNSPACED}{_WIDE_MARKS}]+[{_WIDE_MARKS}]*|[{_WIDE_MARKS}]+"
 )
 _SPACES = re.compile(r"\s+")
+_EMPTY_LINE = re.compile(r"\n[^\S\n]*\n")
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,10 +35,14 @@ class WordSpan:
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """A piece of text that is spoken as a sequence of its own, and the caller's words in it, in order."""
+    """A piece of text that is spoken as a sequence of its own, and the caller's words in it, in order.
+
+    ends_paragraph: whether the caller left a line empty after it.
+    """
 
     text: str
     words: tuple[WordSpan, ...] = ()
+    ends_paragraph: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,8 +124,18 @@ class TracedText:
             told = list(_spans(piece, word_of, after=last_word))
             last_word = told[-1][0] if told else last_word
             spans = (WordSpan(caller_text[slice(*words[word])], first, last) for word, first, last in told)
-            segments.append(Segment(piece, tuple(spans)))
+            segments.append(Segment(piece, tuple(spans), self._is_before_empty_line(place, caller_text)))
         return segments
+
+    def _is_before_empty_line(self, place: int, caller_text: str) -> bool:
+        """Whether there is an empty line in the caller's text between what character `place` comes from and the
+        character before."""
+        rest = self.text[place:]
+        following = place + len(rest) - len(rest.lstrip())
+        if not 0 < place <= following < len(self.origins):
+            return False
+        between = caller_text[self.origins[place - 1] : self.origins[following] + 1]
+        return _EMPTY_LINE.search(between) is not None
 
     def _origins_of(self, said: str, first: int, last: int) -> Iterator[int]:
         """Origins of a replacement of characters first .. last."""

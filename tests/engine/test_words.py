@@ -119,6 +119,14 @@ def speak_words(engine: Engine, text: str, *, speed: float = 1.0, max_seconds: f
     return list(engine.stream(SpeechRequest(text, sampling=sampling, speed=speed, word_timestamps=True)))
 
 
+@pytest.mark.parametrize("gap", ["\n\n", "\r\n\r\n", " \n \t\n\n"])
+def test_a_segment_knows_the_empty_line_after_it(gap: str) -> None:
+    text = f"One is 1.\nTwo is two.{gap}Three is $3, they say. Four{gap}"
+    ends = [(segment.text, segment.ends_paragraph) for segment in said(text, max_segment_chars=24)]
+    assert ends[0] == ("One is one. Two is two.", True) and len(ends) > 2
+    assert not any(ends_paragraph for _, ends_paragraph in ends[1:])
+
+
 def words_of(chunks: list[AudioChunk]) -> list[Word]:
     return [word for chunk in chunks for word in chunk.words]
 
@@ -159,21 +167,44 @@ def test_times_follow_the_speed(engine: Engine) -> None:
         assert other.start_s == pytest.approx(one.start_s / 2, abs=1e-5)
 
 
-def test_later_segments_begin_where_the_audio_of_the_earlier_ones_ends(engine: Engine) -> None:
+def test_later_segments_are_timed_where_they_are_heard_after_a_pause(engine: Engine) -> None:
     sentences = [
         f"This is sentence number {name} of a text that is long enough to be cut." for name in "one two six".split()
     ]
-    words = words_of(speak_words(engine, " ".join(sentences)))
+    chunks = speak_words(engine, " ".join(sentences))
+    audio, rate_hz = np.concatenate([chunk.audio for chunk in chunks]), chunks[0].sample_rate_hz
+    words = words_of(chunks)
     assert [word.text for word in words] == " ".join(sentences).split()
-    alone = [speak_words(engine, sentence) for sentence in sentences]
-    offset_s = 0.0
-    expected: list[Word] = []
-    for chunks in alone:
-        expected += [Word(word.text, offset_s + word.start_s, offset_s + word.end_s) for word in words_of(chunks)]
-        offset_s += sum(len(chunk.audio) for chunk in chunks) / chunks[0].sample_rate_hz
-    for word, other in zip(words, expected, strict=True):
-        assert word.text == other.text
-        assert word.start_s == pytest.approx(other.start_s, abs=1e-5)
+    sounds_s = np.flatnonzero(np.abs(audio) > 0.01) / rate_hz
+    firsts = [word for word in words if word.text == "This"]
+    assert len(firsts) == 3
+    for sentence, first in zip(sentences, firsts, strict=True):
+        alone = words_of(speak_words(engine, sentence))
+        here = words[words.index(first) :][: len(alone)]
+        for word, other in zip(here, alone, strict=True):
+            assert word.start_s - first.start_s == pytest.approx(other.start_s - alone[0].start_s, abs=0.12)
+        for word, other in zip(here[1:], alone[1:], strict=True):
+            assert word.start_s - here[1].start_s == pytest.approx(other.start_s - alone[1].start_s, abs=1e-5)
+    for first in firsts[1:]:
+        near = sounds_s[np.abs(sounds_s - first.start_s) < 0.6]
+        rest = int(np.argmax(np.diff(near)))
+        # 0.2 s after a sentence's last sound and 0.1 s before the next one's first, which its first word begins with.
+        assert 0.25 <= near[rest + 1] - near[rest] <= 0.31
+        assert abs(near[rest + 1] - first.start_s) < 0.12
+    times = [time for word in words for time in (word.start_s, word.end_s)]
+    assert times == sorted(times) and times[-1] <= len(audio) / rate_hz
+
+
+def test_frames_and_codes_are_whole_where_silence_is_taken_out(engine: Engine) -> None:
+    request = SpeechRequest("Wait there. Come here. Sit down.", sampling=SamplingParams(seed=5))
+    chunks = list(engine.stream(request))
+    (whole,) = engine.generate([request], progress=False)
+    assert [chunk.first_frame for chunk in chunks] == list(
+        np.cumsum([0, *(chunk.num_frames for chunk in chunks)])[: len(chunks)]
+    )
+    assert sum(chunk.num_frames for chunk in chunks) == len(whole.codes)
+    assert all(len(chunk.audio) for chunk in chunks)
+    np.testing.assert_array_equal(np.concatenate([chunk.audio for chunk in chunks]), whole.audio)
 
 
 def test_words_that_are_cut_off_are_not_told(engine: Engine) -> None:
