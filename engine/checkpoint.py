@@ -6,8 +6,10 @@ which they are and what the files' SHA-256 is.
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 
@@ -16,7 +18,7 @@ import torch
 from declaim.engine.config import INT4_GROUP_SIZES, Int4Recipe
 from declaim.engine.errors import ModelLoadError
 from declaim.engine.integrity import QUANTIZATION_NAME, half_written, hash_file
-from declaim.engine.progress import ignore_progress
+from declaim.engine.progress import Progress, ignore_progress
 from declaim.engine.safetensors_io import read_integer, read_json, read_tensors, release_pages, take_tensor
 from declaim.kernels.int4 import (
     Int4Weight,
@@ -34,6 +36,21 @@ INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 QUANTIZATION_FORMAT = "declaim-int4-planar128-v1"
 INT4_SUFFIXES = (".int4", ".scales", ".offsets")
+INT4_DTYPES = (torch.int32, torch.float32, torch.float32)
+
+
+@dataclass
+class _Taken:
+    """Bytes of a folder's tensors that were handed out, told under a stage's name."""
+
+    progress: Progress
+    stage: str
+    total: int
+    done: int = 0
+
+    def add(self, num_bytes: int) -> None:
+        self.done += num_bytes
+        self.progress(self.stage, self.done, self.total)
 
 
 class Checkpoint:
@@ -44,22 +61,37 @@ class Checkpoint:
     _stored_groups: Mapping[str, int] = {}
 
     def __init__(
-        self, folder: Path, *, dtype: torch.dtype, device: torch.device, recipe: Int4Recipe | None = None
+        self,
+        folder: Path,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+        recipe: Int4Recipe | None = None,
+        progress: Progress = ignore_progress,
     ) -> None:
-        """Read everything into host memory, memory-mapped.
+        """Map the files; what is taken is read then.
 
         recipe: makes the linear layers that it names int4 as they are taken. What lies in the folder as int4 stays so,
-        whatever the recipe. Raises: ModelLoadError.
+        whatever the recipe. progress: stage "verify" where the folder knows its files' hashes; then "quantize" where
+        the recipe does that, else "read", both in bytes of the folder's tensors. Raises: ModelLoadError.
         """
         self.folder = folder
         self.weight_bytes = 0
         self._dtype = dtype
         self._device = device
         self._recipe = recipe
-        self._stored_groups = _read_stored_groups(folder)
+        self._stored_groups = _read_stored_groups(folder, progress)
         self._tensors: dict[str, torch.Tensor] = {}
         for name in shard_names(folder):
             self._tensors |= read_tensors(folder / name)
+        stage = "quantize" if recipe is not None and not self._stored_groups else "read"
+        self._taken = _Taken(progress, stage, sum(tensor.nbytes for tensor in self._tensors.values()))
+
+    def on(self, device: torch.device, *, dtype: torch.dtype) -> Checkpoint:
+        """The same tensors, handed out elsewhere and in another dtype, and as they lie in the folder."""
+        other = copy.copy(self)
+        other._device, other._dtype, other._recipe, other.weight_bytes = device, dtype, None, 0
+        return other
 
     def take(self, name: str, shape: Sequence[int]) -> torch.Tensor:
         """Hand out a tensor in the checkpoint's target dtype and device. Raises: ModelLoadError."""
@@ -68,6 +100,7 @@ class Checkpoint:
         if taken is not tensor:
             release_pages(tensor)
         self.weight_bytes += taken.numel() * taken.element_size()
+        self._taken.add(tensor.nbytes)
         return taken
 
     def take_linear(
@@ -117,15 +150,17 @@ class Checkpoint:
         tensor = take_tensor(self._tensors, name, shape=shape, path=self.folder)
         quantized = quantize_tensor(tensor.to(self._device), group_size, name=name, folder=self.folder)
         release_pages(tensor)
+        self._taken.add(tensor.nbytes)
         return quantized
 
     def _take_stored(self, name: str, shape: tuple[int, int], group_size: int) -> Int4Weight:
         num_out, num_in = shape
         shapes = ((-(-num_in // 128) * 16, num_out), *[(num_in // group_size, num_out)] * 2)
         packed, scales, offsets = (
-            take_tensor(self._tensors, name + suffix, shape=expected, path=self.folder)
-            for suffix, expected in zip(INT4_SUFFIXES, shapes, strict=True)
+            take_tensor(self._tensors, name + suffix, shape=expected, path=self.folder, dtypes=(dtype,))
+            for suffix, expected, dtype in zip(INT4_SUFFIXES, shapes, INT4_DTYPES, strict=True)
         )
+        self._taken.add(packed.nbytes + scales.nbytes + offsets.nbytes)
         return Int4Weight(packed, scales, offsets, num_in)
 
 
@@ -176,7 +211,7 @@ def shard_names(folder: Path) -> list[str]:
     return sorted({str(name) for name in weight_map.values()})
 
 
-def _read_stored_groups(folder: Path) -> dict[str, int]:
+def _read_stored_groups(folder: Path, progress: Progress) -> dict[str, int]:
     """Group sizes of the weights that lie in a folder as int4, its files checked. Raises: ModelLoadError."""
     unfinished = half_written(folder)
     if unfinished is not None:
@@ -193,10 +228,13 @@ def _read_stored_groups(folder: Path) -> dict[str, int]:
         )
     if not isinstance(group_sizes, dict) or not isinstance(hashes, dict):
         raise ModelLoadError(f"{path} has no group_sizes or no sha256: quantize the model again")
-    for name, expected in hashes.items():
+    for name in hashes:
         if not (folder / name).is_file():
             raise ModelLoadError(f"{folder} has no {name}, which {path.name} lists: quantize or copy it again")
-        size = (folder / name).stat().st_size
-        if hash_file(folder / name, ignore_progress, before=0, total=size).sha256 != expected:
+    sizes = {name: (folder / name).stat().st_size for name in hashes}
+    done, total = 0, sum(sizes.values())
+    for name, expected in hashes.items():
+        if hash_file(folder / name, progress, before=done, total=total).sha256 != expected:
             raise ModelLoadError(f"{folder / name} is not what was written (its SHA-256 differs): copy it again")
+        done += sizes[name]
     return {name: read_integer(group_sizes, name, path) for name in group_sizes}

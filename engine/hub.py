@@ -422,7 +422,8 @@ class Hub:
         except (OfflineModeIsEnabled, LocalEntryNotFoundError, HfHubHTTPError, _transport_error()) as error:
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise HubUnreachable(
-                f"no folder {repo_id!r} here, and the hub did not give it ({reason}): {remedy}"
+                f"no folder {repo_id!r} here, and {self.endpoint} did not give it ({reason}): {remedy}; HF_ENDPOINT"
+                " names another hub"
             ) from error
         except OSError as error:
             raise self._write_error(error, self.cache, needed=None) from error

@@ -15,6 +15,7 @@ from declaim.engine.codec.load import load_codec
 from declaim.engine.config import EngineConfig
 from declaim.engine.errors import ModelLoadError, ModelNotFound
 from declaim.engine.hub import Hub, HubRepo, HubUnreachable
+from declaim.engine.integrity import half_written
 from declaim.engine.models.base import SpeechModel
 from declaim.engine.parts import is_zonos
 from declaim.engine.progress import Progress, ignore_progress
@@ -69,6 +70,9 @@ def find_model(name: str, progress: Progress = ignore_progress, *, hub: Hub | No
             raise ModelNotFound(f"{name} is a file: name the folder that holds config.json and model.safetensors")
     else:
         folder = _fetch(name, hub or Hub(), progress)
+    unfinished = half_written(folder)
+    if unfinished is not None:
+        raise ModelLoadError(unfinished)
     shown = folder.resolve().name if Path(name).is_dir() else name
     family = read_family(folder)
     if family == "lark":
@@ -143,12 +147,18 @@ def load_model(
     )
     codec_bytes, model_bytes = _weight_bytes(files.codec_folder), _weight_bytes(files.folder)
     total = codec_bytes + model_bytes
+
+    def report(stage: str, done: int, of: int) -> None:
+        # Tensors count as their part of the files; only what is read is one stage with the codec.
+        if stage == "read":
+            done, of = codec_bytes + done * model_bytes // max(of, 1), total
+        progress(stage, done, of)
+
     with one_thread():
         progress("read", 0, total)
         codec = load_codec(recipe)
         progress("read", codec_bytes, total)
-        model = _load_family(files, codec.spec, config, is_text_offloaded=is_text_offloaded)
-        progress("read", total, total)
+        model = _load_family(files, codec.spec, config, is_text_offloaded=is_text_offloaded, progress=report)
     log.info("event=loaded model=%s family=%s dtype=%s device=%s", files.name, files.family, dtype, device)
     return model, codec, recipe
 
@@ -157,7 +167,9 @@ def _weight_bytes(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
 
 
-def _load_family(files: ModelFiles, codec: CodecSpec, config: EngineConfig, *, is_text_offloaded: bool) -> SpeechModel:
+def _load_family(
+    files: ModelFiles, codec: CodecSpec, config: EngineConfig, *, is_text_offloaded: bool, progress: Progress
+) -> SpeechModel:
     dtype, device, recipe = config.torch_dtype, config.torch_device, config.int4_recipe(files.family)
     if files.family == "dia":
         from declaim.engine.models.dia import DiaModel
@@ -169,14 +181,15 @@ def _load_family(files: ModelFiles, codec: CodecSpec, config: EngineConfig, *, i
             device=device,
             recipe=recipe,
             text_device=torch.device("cpu") if is_text_offloaded else None,
+            progress=progress,
         )
     if files.family == "zonos":
         from declaim.engine.models.zonos import ZonosModel
 
-        return ZonosModel.load(files.folder, codec=codec, dtype=dtype, device=device, recipe=recipe)
+        return ZonosModel.load(files.folder, codec=codec, dtype=dtype, device=device, recipe=recipe, progress=progress)
     from declaim.engine.models.lark import LarkModel
 
-    return LarkModel.load(files.folder, codec=codec, dtype=dtype, device=device, recipe=recipe)
+    return LarkModel.load(files.folder, codec=codec, dtype=dtype, device=device, recipe=recipe, progress=progress)
 
 
 def _fetch(repo_id: str, hub: Hub, progress: Progress) -> Path:

@@ -33,6 +33,10 @@ BATCH_BUCKETS = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 WINDOW_BATCHES = (4, 2, 1)  # codec windows decoded in one call, as many as there is room for
 SHORT_STREAM_S = 2.0  # no more sequences run together than blocks could hold so much of each
 
+# Programs of oneDNN: those of the four window shapes that a stream repeats, and of a step's and a prefill's layers.
+KEPT_PRIMITIVES = 256
+OLDEST_GPU = (7, 5)  # compute capability of the oldest that Triton compiles for and tests/aot checks
+
 # Allowances, each an upper bound to be compared with a card; none follows from a config.
 CUDA_CONTEXT_BYTES = 500 * MB  # of a budget that was named; free memory that was measured is without it
 LIBRARY_BYTES = 96 * MB  # workspaces of cuBLAS (32 MiB a stream on Hopper, two streams) and cuDNN
@@ -160,13 +164,23 @@ def available_bytes(device: torch.device) -> int:
 
 
 def probe_device(device: torch.device, *, memory_gb: float | None) -> Device:
-    """A device of this machine, with the budget named or measured, before any weight is loaded."""
+    """A device of this machine, with the budget named or measured, before any weight is loaded.
+
+    Raises: InvalidConfig for a GPU that is too old.
+    """
     if device.type != "cuda":
         budget = _free_host_bytes() * UNLOADED_HOST_SHARE if memory_gb is None else memory_gb * GB
         return Device("cpu", int(budget))
     import torch
 
-    has_bfloat16 = torch.cuda.get_device_capability(device) >= (8, 0)
+    capability = torch.cuda.get_device_capability(device)
+    if capability < OLDEST_GPU:
+        oldest = ".".join(map(str, OLDEST_GPU))
+        raise InvalidConfig(
+            f"{torch.cuda.get_device_name(device)} has compute capability {'.'.join(map(str, capability))}, and the"
+            f" kernels run from {oldest} on (Turing, float16; bfloat16 from 8.0): use device cpu, or another GPU"
+        )
+    has_bfloat16 = capability >= (8, 0)
     if memory_gb is None:
         return Device("cuda", available_bytes(device), has_bfloat16=has_bfloat16)
     return imagined_gpu(memory_gb, has_bfloat16=has_bfloat16)
@@ -190,6 +204,15 @@ def _free_host_bytes() -> int:
     return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
+def bound_primitive_cache() -> None:
+    """Keep few of the programs that oneDNN, the CPU's arithmetic, compiles for every shape that it meets.
+
+    Audio ends after any number of frames, so its last windows have any length: by itself oneDNN keeps 1024 programs of
+    some 100 KB each. Has no effect once oneDNN was used, nor where whoever started the process has chosen a number.
+    """
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", str(KEPT_PRIMITIVES))
+
+
 def imagined_gpu(memory_gb: float, *, has_bfloat16: bool = True) -> Device:
     """A GPU with so much memory, CUDA's context included."""
     return Device("cuda", int(memory_gb * GB), context_bytes=int(CUDA_CONTEXT_BYTES), has_bfloat16=has_bfloat16)
@@ -207,25 +230,36 @@ def plan_memory(
 ) -> MemoryPlan:
     """Give what the weights leave to KV blocks, but no more than `max_batch` of the longest sequences can use.
 
-    budget_bytes: for weights, cache and `reserved_bytes` together. The cache is split between self- and cross-attention
-    as ordinary speech needs them. Raises: OutOfMemory if not even a short sequence fits, naming the smallest budget
-    that works.
+    budget_bytes: for weights, cache, recurrent states and `reserved_bytes` together; the plan's own reserved bytes
+    count the states. The cache is split between self- and cross-attention as ordinary speech needs them.
+    Raises: OutOfMemory if not even a short sequence fits, naming the smallest budget that works.
     """
-    shape = _CacheShape(spec.cache, 2 if spec.sampling.has_guidance else 1, element_bytes, block_size)
+    num_branches = 2 if spec.sampling.has_guidance else 1
+    shape = _CacheShape(spec.cache, num_branches, element_bytes, block_size)
+    states = state_bytes(spec.cache, num_branches, element_bytes=element_bytes, max_batch=max_batch)
     plan = shape.fill(
         weight_bytes=weight_bytes,
-        reserved_bytes=reserved_bytes,
+        reserved_bytes=reserved_bytes + states,
         budget_bytes=budget_bytes,
         max_batch=max_batch,
         max_rows=spec.max_positions,
     )
     if plan is None:
-        least_gb = _least_gb(weight_bytes + reserved_bytes + shape.least_bytes)
+        least_gb = _least_gb(weight_bytes + reserved_bytes + states + shape.least_bytes)
+        of_states = f" and {states / GB:.3f} GB of recurrent states" if states else ""
         raise OutOfMemory(
             f"a budget of {budget_bytes / GB:.3f} GB leaves no room for the cache beside {weight_bytes / GB:.3f} GB of"
-            f" weights: memory_gb of at least {least_gb:.3f} starts; a smaller dtype needs less"
+            f" weights{of_states}: memory_gb of at least {least_gb:.3f} starts; a smaller dtype"
+            f"{' or max_batch' if states else ''} needs less"
         )
     return plan
+
+
+def state_bytes(cache: CacheSpec, num_branches: int, *, element_bytes: int, max_batch: int) -> int:
+    """What the recurrent layers of a batch carry, and those of sequences that pause; none without such layers."""
+    if cache.state is None:
+        return 0
+    return (max_batch + SPARE_STATES) * num_branches * cache.state.bytes_per_branch(element_bytes)
 
 
 def plan_device(
@@ -397,9 +431,9 @@ def _workspaces(parts: ModelParts, device: Device, load: Load, choice: _Choice, 
     logits = max_batch * (parts.num_branches + SAMPLER_COPIES) * parts.logits_per_row * 4
     side = (3 * max_batch + 1) * parts.max_positions * parts.side_elements * element
     yield Use("logits and sampling", logits + side)
-    if parts.cache.state is not None:
-        states = (max_batch + SPARE_STATES) * parts.num_branches
-        yield Use("recurrent states", states * parts.cache.state.bytes_per_branch(element))
+    states = state_bytes(parts.cache, parts.num_branches, element_bytes=element, max_batch=max_batch)
+    if states:
+        yield Use("recurrent states", states)
     if device.kind == "cuda":
         yield Use("attention and matmul partials", _partials_bytes(parts, load, choice, max_batch=max_batch))
     text_elements = 0 if choice.is_text_offloaded else parts.text_elements

@@ -34,7 +34,7 @@ from declaim.engine.errors import InvalidConfig, ModelLoadError
 from declaim.engine.integrity import CHUNK_BYTES, PROGRESS_NAME, QUANTIZATION_NAME, hash_file
 from declaim.engine.loader import WEIGHT_SUFFIXES, read_family
 from declaim.engine.progress import Progress, ignore_progress
-from declaim.engine.safetensors_io import read_json, read_tensors, release_pages
+from declaim.engine.safetensors_io import check_dtype, read_json, read_tensors, release_pages
 
 SHARD_BYTES = 256 << 20  # of the original's weights: what a killed run has to do again
 _UNFINISHED = ".new"
@@ -69,6 +69,8 @@ def quantize_folder(
     if _is_whole(target, origin):
         return
     tensors = {name: tensor for file in shard_names(source) for name, tensor in read_tensors(source / file).items()}
+    for name, tensor in tensors.items():
+        check_dtype(tensor, name, path=source)
     groups = _choose_groups(tensors, recipe)
     shards, copied = _cut(tensors), _other_files(source)
     hashes = _begin(source, target, origin)
@@ -78,11 +80,17 @@ def quantize_folder(
     progress("quantize", done, total)
     while shards:
         shard = shards.pop(0)
-        if not _is_written(target / shard.file_name, hashes.get(shard.file_name)):
-            hashes[shard.file_name] = _write(target / shard.file_name, [_quantize(shard, groups, source)])
-            _save_progress(target, origin, hashes)
-        done += sum(tensor.nbytes for tensor in shard.tensors.values())
-        progress("quantize", done, total)
+        if _is_written(target / shard.file_name, hashes.get(shard.file_name)):
+            done += sum(tensor.nbytes for tensor in shard.tensors.values())
+            progress("quantize", done, total)
+            continue
+        written: dict[str, torch.Tensor] = {}
+        for name, tensor in shard.tensors.items():
+            written |= _quantize(name, tensor, groups, source)
+            done += tensor.nbytes
+            progress("quantize", done, total)
+        hashes[shard.file_name] = _write(target / shard.file_name, [save(written, metadata={"format": "pt"})])
+        _save_progress(target, origin, hashes)
         for tensor in shard.tensors.values():
             release_pages(tensor)
     for name, path in copied.items():
@@ -199,17 +207,13 @@ def _check_room(target: Path, needed: int) -> None:
         raise ModelLoadError(_disk_full(target, f"{needed - held} more bytes are needed, and {free} are free there"))
 
 
-def _quantize(shard: _Shard, groups: Mapping[str, int], source: Path) -> bytes:
-    """A safetensors file. Raises: ModelLoadError."""
-    written: dict[str, torch.Tensor] = {}
-    for name, tensor in shard.tensors.items():
-        if name not in groups:
-            written[name] = tensor
-            continue
-        quantized = quantize_tensor(tensor, groups[name], name=name, folder=source)
-        parts = (quantized.packed, quantized.scales, quantized.offsets)
-        written |= {name + suffix: part for suffix, part in zip(INT4_SUFFIXES, parts, strict=True)}
-    return save(written, metadata={"format": "pt"})
+def _quantize(name: str, tensor: torch.Tensor, groups: Mapping[str, int], source: Path) -> dict[str, torch.Tensor]:
+    """What is written of a tensor of the original, by name. Raises: ModelLoadError."""
+    if name not in groups:
+        return {name: tensor}
+    quantized = quantize_tensor(tensor, groups[name], name=name, folder=source)
+    parts = (quantized.packed, quantized.scales, quantized.offsets)
+    return {name + suffix: part for suffix, part in zip(INT4_SUFFIXES, parts, strict=True)}
 
 
 def _is_written(path: Path, sha256: str | None) -> bool:

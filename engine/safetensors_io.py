@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from declaim.engine.errors import ModelLoadError
 
 _FETCH_AGAIN = "copy or download the checkpoint again"
+WEIGHT_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
 def read_json(path: Path) -> dict[str, object]:
@@ -84,10 +85,17 @@ def read_tensors(path: Path, *, skip_prefixes: Sequence[str] = ()) -> dict[str, 
         raise ModelLoadError(f"{path} ({size} bytes) is cut short or corrupted ({error}): {_FETCH_AGAIN}") from error
 
 
-def take_tensor(tensors: dict[str, torch.Tensor], name: str, *, shape: Sequence[int], path: Path) -> torch.Tensor:
-    """Remove one tensor from what was read from `path`, after checking its shape.
+def take_tensor(
+    tensors: dict[str, torch.Tensor],
+    name: str,
+    *,
+    shape: Sequence[int],
+    path: Path,
+    dtypes: Sequence[torch.dtype] = WEIGHT_DTYPES,
+) -> torch.Tensor:
+    """Remove one tensor from what was read from `path`, after checking its shape and dtype.
 
-    Raises: ModelLoadError if it is missing or has another shape.
+    Raises: ModelLoadError if it is missing, has another shape, or a dtype that is none of `dtypes`.
     """
     tensor = tensors.pop(name, None)
     if tensor is None:
@@ -100,7 +108,18 @@ def take_tensor(tensors: dict[str, torch.Tensor], name: str, *, shape: Sequence[
             f"{path}: {name} is {list(tensor.shape)}, its config.json asks for {list(shape)}: "
             f"weights and config.json are of different models; {_FETCH_AGAIN}"
         )
+    check_dtype(tensor, name, path=path, dtypes=dtypes)
     return tensor
+
+
+def check_dtype(tensor: torch.Tensor, name: str, *, path: Path, dtypes: Sequence[torch.dtype] = WEIGHT_DTYPES) -> None:
+    """Raises: ModelLoadError where a tensor of `path` has a dtype that is none of `dtypes`."""
+    if tensor.dtype not in dtypes:
+        found, *read = (str(dtype).removeprefix("torch.") for dtype in (tensor.dtype, *dtypes))
+        raise ModelLoadError(
+            f"{path}: {name} is {found}, this version reads {', '.join(read)}: take the model as it was published, and "
+            "let --dtype int4 or declaim quantize make it smaller"
+        )
 
 
 def release_pages(tensor: torch.Tensor) -> None:

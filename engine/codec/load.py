@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from declaim.engine.codec.base import Codec, CodecRecipe
+from declaim.engine.memory import bound_primitive_cache
 
 
 def load_codec(recipe: CodecRecipe, *, with_encoder: bool = False) -> Codec:
@@ -10,6 +11,7 @@ def load_codec(recipe: CodecRecipe, *, with_encoder: bool = False) -> Codec:
 
     Raises: ModelLoadError.
     """
+    bound_primitive_cache()
     if recipe.kind == "dac":
         from declaim.engine.codec.dac import DacCodec
 

@@ -32,6 +32,7 @@ from declaim.engine.models.layers import (
     mlp,
     swiglu,
 )
+from declaim.engine.progress import Progress, ignore_progress
 from declaim.engine.safetensors_io import read_json
 from declaim.engine.sequence import Prompt
 from declaim.engine.spec import (
@@ -189,21 +190,23 @@ class DiaModel:
         dtype: torch.dtype,
         device: torch.device,
         recipe: Int4Recipe | None = None,
+        progress: Progress = ignore_progress,
         text_device: torch.device | None = None,
     ) -> DiaModel:
         """Load a folder as transformers 5 saves it, quantized by `recipe` on the way.
 
-        text_device: where the text encoder is to be, in float32; None keeps it beside the decoder.
+        text_device: where the text encoder is to be, in float32; None keeps it beside the decoder. progress: see
+        `Checkpoint`.
         Raises: ModelLoadError.
         """
         config = DiaConfig.read(read_json(folder / "config.json"), source=folder / "config.json")
         generation = folder / "generation_config.json"
         defaults = _defaults(read_json(generation) if generation.exists() else {})
         with torch.inference_mode():
-            weights = Checkpoint(folder, dtype=dtype, device=device, recipe=recipe)
+            weights = Checkpoint(folder, dtype=dtype, device=device, recipe=recipe, progress=progress)
             text_weights = weights
             if text_device is not None:
-                text_weights = Checkpoint(folder, dtype=torch.float32, device=text_device)
+                text_weights = weights.on(text_device, dtype=torch.float32)
             encoder = _load_encoder(config, text_weights)
             return cls(config, weights, encoder=encoder, spec=_spec(config, codec, defaults=defaults))
 

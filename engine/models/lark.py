@@ -31,6 +31,7 @@ from declaim.engine.models.layers import (
     swiglu,
 )
 from declaim.engine.phonemes import Phonemizer
+from declaim.engine.progress import Progress, ignore_progress
 from declaim.engine.safetensors_io import read_integer, read_json, read_number
 from declaim.engine.sequence import Prompt
 from declaim.engine.spec import (
@@ -246,16 +247,18 @@ class LarkModel:
         dtype: torch.dtype,
         device: torch.device,
         recipe: Int4Recipe | None = None,
+        progress: Progress = ignore_progress,
     ) -> LarkModel:
         """Load a folder as engine/assets/lark/README.md describes it, quantized by `recipe` on the way.
 
+        progress: see `Checkpoint`.
         Raises: ModelLoadError.
         """
         config = LarkConfig.read(folder / "config.json")
         with torch.inference_mode():
             return cls(
                 config,
-                Checkpoint(folder, dtype=dtype, device=device, recipe=recipe),
+                Checkpoint(folder, dtype=dtype, device=device, recipe=recipe, progress=progress),
                 spec=_spec(config, codec),
                 phonemizer=Phonemizer.load(folder),
             )

@@ -41,6 +41,7 @@ from declaim.engine.models.zonos_conditioning import (
     encode_phonemes,
     find_language,
 )
+from declaim.engine.progress import Progress, ignore_progress
 from declaim.engine.safetensors_io import read_json
 from declaim.engine.sequence import Prompt
 from declaim.engine.spec import (
@@ -226,15 +227,16 @@ class ZonosModel:
         dtype: torch.dtype,
         device: torch.device,
         recipe: Int4Recipe | None = None,
+        progress: Progress = ignore_progress,
         phonemize: Phonemize | None = None,
     ) -> ZonosModel:
         """Load a folder as Zyphra publishes it, quantized by `recipe` on the way.
 
-        phonemize: takes espeak-ng's place. Raises: ModelLoadError.
+        phonemize: takes espeak-ng's place. progress: see `Checkpoint`. Raises: ModelLoadError.
         """
         config = ZonosConfig.read(read_json(folder / "config.json"), source=folder / "config.json")
         with torch.inference_mode():
-            weights = Checkpoint(folder, dtype=dtype, device=device, recipe=recipe)
+            weights = Checkpoint(folder, dtype=dtype, device=device, recipe=recipe, progress=progress)
             phonemize = phonemize or EspeakPhonemizer(punctuation=PUNCTUATION)
             return cls(
                 config,

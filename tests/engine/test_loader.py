@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -105,6 +106,16 @@ def test_weights_cut_short_corrupted_missing_or_of_another_model(folder: Path) -
         Engine.from_pretrained(folder)
 
 
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.int8, torch.int64])
+def test_weights_of_a_dtype_that_is_not_read_are_named(folder: Path, dtype: torch.dtype) -> None:
+    path = folder / "model.safetensors"
+    tensors, name = load_file(path), "model.decoder.norm.weight"
+    save_file(tensors | {name: tensors[name].to(dtype)}, path)
+    found = str(dtype).removeprefix("torch.")
+    with pytest.raises(ModelLoadError, match=rf"norm\.weight is {found}, this version reads float32.*--dtype int4"):
+        Engine.from_pretrained(folder)
+
+
 def test_a_config_that_is_not_json_or_lacks_a_key(folder: Path) -> None:
     path = folder / "config.json"
     whole = json.loads(path.read_text())
@@ -144,6 +155,17 @@ def test_loading_tells_how_much_is_read(folder: Path) -> None:
     assert {(stage, total) for stage, _, total in told} == {("read", sum(sizes))}
     done = [done for _, done, _ in told]
     assert done[0] == 0 and done == sorted(done) and done[-1] == sum(sizes)
+    # The codec is read in one go, and no part of the model is silent for long.
+    assert max(later - earlier for earlier, later in pairwise(done[2:])) < sizes[0] / 3
+
+
+def test_quantizing_while_loading_tells_how_far_it_is(folder: Path) -> None:
+    told: list[tuple[str, int, int]] = []
+    Engine.from_pretrained(folder, EngineConfig(dtype="int4"), lambda *progress: told.append(progress)).close()
+    assert list(dict.fromkeys(stage for stage, _, _ in told)) == ["read", "quantize"]
+    done = [(done, total) for stage, done, total in told if stage == "quantize"]
+    assert len({total for _, total in done}) == 1 and len(done) > 10
+    assert done == sorted(done) and done[-1][0] == done[-1][1]
 
 
 PEAK = """

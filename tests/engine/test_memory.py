@@ -41,6 +41,7 @@ from declaim.engine.parts import (
     DAC_44KHZ,
     DIA_1_6B,
     KNOWN_CONFIGS,
+    SPARE_STATES,
     Matrices,
     ModelParts,
     dac_parts,
@@ -51,7 +52,8 @@ from declaim.engine.request import ResolvedSampling
 from declaim.engine.runner import Runner
 from declaim.engine.safetensors_io import read_json
 from declaim.engine.sequence import Playback, Prompt, Sequence, SequenceInput
-from declaim.engine.spec import CacheSpec, CrossSpec, ModelSpec
+from declaim.engine.spec import CacheSpec, CrossSpec, ModelSpec, StateSpec
+from declaim.engine.states import LayerState, StateSlots
 from declaim.engine.voices import MAX_REFERENCE_S
 from declaim.kernels import attention, int4
 from declaim.kernels.matmul import split_of
@@ -59,17 +61,18 @@ from tests.dia_checkpoints import SMALL, WIDE, DiaSize, make_dia
 from tests.fakes import FakeModel
 
 WITH_CROSS = CacheSpec(3, 2, 8, cross=CrossSpec(2, 4, 16, max_positions=64, positions_per_row=0.15))
+WITH_STATE = CacheSpec(1, 2, 8, state=StateSpec(3, num_conv=3, conv_size=40, num_heads=2, head_dim=8, size=16))
 
 
 def spec_with(cache: CacheSpec) -> ModelSpec:
     return replace(FakeModel().spec, cache=cache)
 
 
-def tensor_bytes(caches: tuple[LayerCache, ...]) -> int:
+def tensor_bytes(caches: tuple[LayerCache | LayerState, ...]) -> int:
     return sum(tensor.untyped_storage().nbytes() for pair in caches for tensor in pair)
 
 
-@pytest.mark.parametrize("cache", [CacheSpec(3, 2, 8), CacheSpec(1, 1, 128), WITH_CROSS])
+@pytest.mark.parametrize("cache", [CacheSpec(3, 2, 8), CacheSpec(1, 1, 128), WITH_CROSS, WITH_STATE])
 @pytest.mark.parametrize("block_size", [4, 32])
 def test_the_plan_counts_the_bytes_that_the_runner_allocates(cache: CacheSpec, block_size: int) -> None:
     model = FakeModel()
@@ -77,9 +80,17 @@ def test_the_plan_counts_the_bytes_that_the_runner_allocates(cache: CacheSpec, b
     plan = plan_memory(
         model.spec, element_bytes=4, weight_bytes=1000, budget_bytes=2_000_000, block_size=block_size, max_batch=100
     )
-    runner = Runner(model, num_blocks=plan.num_blocks, num_cross_blocks=plan.num_cross_blocks, block_size=block_size)
+    runner = Runner(
+        model,
+        num_blocks=plan.num_blocks,
+        num_cross_blocks=plan.num_cross_blocks,
+        block_size=block_size,
+        max_batch=100,
+    )
     assert tensor_bytes(runner.caches) + tensor_bytes(runner.cross_caches) == plan.kv_bytes
     assert (plan.num_cross_blocks > 0) == (cache.cross is not None)
+    assert plan.reserved_bytes == (tensor_bytes(runner.states.layers) if runner.states is not None else 0)
+    assert (plan.reserved_bytes > 0) == (cache.state is not None)
 
 
 caches = st.builds(
@@ -91,6 +102,7 @@ caches = st.builds(
     | st.builds(
         CrossSpec, st.integers(1, 18), st.integers(1, 16), st.integers(8, 128), st.just(64), st.floats(0.01, 2)
     ),
+    state=st.none() | st.builds(StateSpec, *(st.integers(1, 64) for _ in range(6))),
 )
 
 
@@ -127,9 +139,27 @@ def test_weights_and_cache_stay_within_the_budget_and_a_refusal_names_one_that_w
         made = plan(budget)
     else:
         budget = weight_bytes + spare_bytes
-    assert weight_bytes + made.kv_bytes <= budget
+    assert weight_bytes + made.reserved_bytes + made.kv_bytes <= budget
     assert made.budget_bytes == budget
     assert made.num_blocks >= 2
+
+
+@pytest.mark.parametrize("name", KNOWN_CONFIGS)
+def test_the_plan_of_a_real_config_counts_the_recurrent_states_that_a_runner_would_allocate(name: str) -> None:
+    parts = describe_model(KNOWN_CONFIGS[name], DAC_44KHZ, name=name)
+    plan = plan_device(parts, imagined_gpu(24), load=Load(max_batch=16))
+    counted = sum(use.num_bytes for use in plan.workspaces if use.name == "recurrent states")
+    if parts.cache.state is None:
+        assert counted == 0
+        return
+    slots = StateSlots(
+        parts.cache.state,
+        plan.max_batch + SPARE_STATES,
+        num_branches=parts.num_branches,
+        dtype=torch.bfloat16,
+        device=torch.device("meta"),
+    )
+    assert counted == tensor_bytes(slots.layers) > 100e6
 
 
 def test_no_more_is_planned_than_the_largest_batch_of_longest_sequences_can_use() -> None:
@@ -523,6 +553,21 @@ def test_this_machine_is_probed_or_given_a_budget() -> None:
     cpu = torch.device("cpu")
     assert probe_device(cpu, memory_gb=1.5) == Device("cpu", 1_500_000_000)
     assert probe_device(cpu, memory_gb=None).budget_bytes > 0
+
+
+@pytest.mark.parametrize(("capability", "has_bfloat16"), [((7, 5), False), ((8, 0), True), ((9, 0), True)])
+def test_a_gpu_is_probed_for_what_it_computes_in(
+    capability: tuple[int, int], has_bfloat16: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert probe_device(torch.device("cuda"), memory_gb=8).has_bfloat16 == has_bfloat16
+
+
+def test_a_gpu_that_is_too_old_says_which_are_not_and_what_else_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (6, 1))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "GTX 1080")
+    with pytest.raises(InvalidConfig, match=r"GTX 1080 has compute capability 6\.1.*from 7\.5 on.*device cpu"):
+        probe_device(torch.device("cuda"), memory_gb=8)
 
 
 def test_the_plan_needs_no_torch_to_be_made() -> None:

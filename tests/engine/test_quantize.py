@@ -182,7 +182,7 @@ def test_a_run_killed_before_any_of_its_files_goes_on_and_redoes_none(
                 break
         if (target / PROGRESS_NAME).exists():
             with pytest.raises(ModelLoadError, match="half written: run declaim quantize again"):
-                Checkpoint(target, dtype=torch.float32, device=CPU)
+                Engine.from_pretrained(target)
             assert "half written" in check_folder(target).problems[0]
         before = {path.name: path.stat().st_mtime_ns for path in target.glob("*.safetensors")}
         quantize_folder(source, target)
@@ -257,6 +257,15 @@ def test_values_that_are_not_finite_are_named(source: Path, tmp_path: Path) -> N
     save_file(tensors, broken / "model.safetensors")
     with pytest.raises(ModelLoadError, match=rf"{name} holds values that are not finite"):
         quantize_folder(broken, tmp_path / "out")
+
+
+def test_weights_of_a_dtype_that_is_not_read_are_named(source: Path, tmp_path: Path) -> None:
+    model = Path(shutil.copytree(source, tmp_path / "model"))
+    tensors, name = load_file(model / "model.safetensors"), "model.decoder.norm.weight"
+    save_file(tensors | {name: tensors[name].to(torch.float8_e4m3fn)}, model / "model.safetensors")
+    with pytest.raises(ModelLoadError, match=r"norm\.weight is float8_e4m3fn, this version reads float32"):
+        quantize_folder(model, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_weights_that_are_cut_short_or_gone(source: Path, tmp_path: Path) -> None:
