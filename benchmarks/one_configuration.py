@@ -11,7 +11,7 @@ The first chunk is from the call to the first samples, first audio to the first 
 player that buffers 100 ms ran dry; throughput is audio over the time from the first call to the last end. Of the two
 rounds the median (their mean) counts.
 
-    python benchmarks/one_configuration.py [--loads 1 4 16 48] [--streams 12] [--rounds 2] [--threads N] [--quick]
+    python benchmarks/one_configuration.py [--loads 1 4 32] [--streams 10] [--rounds 2] [--threads N] [--quick]
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def serve_all(setup: str, loads: Sequence[int], *, num_streams: int, threads: in
         engine.warm_up()
         for load in loads:
             # The ramp up and down are a smaller part of a longer run.
-            outcomes = asyncio.run(_closed_loop(engine, num_at_once=load, num_streams=num_streams + 2 * (load - 1)))
+            outcomes = asyncio.run(_closed_loop(engine, num_at_once=load, num_streams=num_streams + load - 1))
             rows.append({"setup": setup, "concurrency": load} | _measures(outcomes))
     return rows
 
@@ -135,8 +135,8 @@ def _ends(rows: Sequence[dict[str, Any]], loads: Sequence[int]) -> dict[str, dic
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--loads", type=int, nargs="+", default=[1, 4, 16, 48], help="streams open at a time")
-    parser.add_argument("--streams", type=int, default=12, help="at the lowest load; more at higher ones")
+    parser.add_argument("--loads", type=int, nargs="+", default=[1, 4, 32], help="streams open at a time")
+    parser.add_argument("--streams", type=int, default=10, help="at the lowest load; more at higher ones")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--quick", action="store_true", help="two streams, one round")

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import statistics
 import subprocess
 import sys
 import time
@@ -47,7 +48,7 @@ class Figure:
     """One benchmark on the page.
 
     command: what python is called with. tables: from the result that it printed. is_default: whether `run` takes it
-    unless told otherwise. needs_gpu: left out where there is none.
+    unless told otherwise. needs_gpu: left out where there is none. awaited: what it will measure, told until it did.
     """
 
     name: str
@@ -56,6 +57,7 @@ class Figure:
     tables: Callable[[Result], Sequence[Table]]
     is_default: bool = True
     needs_gpu: bool = False
+    awaited: tuple[str, ...] = ()
 
 
 class RecordError(Exception):
@@ -177,9 +179,19 @@ def _voice(result: Result) -> list[Table]:
 
 
 def _zonos(result: Result) -> list[Table]:
-    rounds = sorted(result["together_s"])
-    row = ("16 requests", result["one_by_one_s"], rounds[len(rounds) // 2], result["ratio"], result["swing_mb"])
-    return [Table(("", "one by one s", "together s", "ratio", "memory's swing MB"), [row])]
+    rows = [
+        ("on the clock", result["one_by_one_s"], statistics.median(result["together_s"]), result["ratio"]),
+        (
+            "of computing",
+            result["one_by_one_cpu_s"],
+            statistics.median(result["together_cpu_s"]),
+            result["cpu_ratio"],
+        ),
+    ]
+    return [
+        Table((f"{result['audio_s']:.1f} s of audio", "one by one s", "together s", "times as fast"), rows),
+        Table(("memory's swing", "MB"), [("after the first round", result["swing_mb"])]),
+    ]
 
 
 def _cost(result: Result) -> list[Table]:
@@ -199,32 +211,58 @@ def _api_workers(result: Result) -> list[Table]:
     return [Table(("format", "audio s/s, one process", "two workers", "ratio"), rows)]
 
 
+def _first_audio(result: Result) -> list[Table]:
+    rows = [
+        (name, part["p50_ms"], part["p95_ms"], max(part["first_ms"]), statistics.median(part["processing_ms"]))
+        for name, part in result["formats"].items()
+    ]
+    return [Table(("format", "first audio ms p50", "p95", "worst", "server's own p50"), rows)]
+
+
+def _fairness(result: Result) -> list[Table]:
+    rows = []
+    if "quiet" in result:
+        quiet = result["quiet"]
+        for name in ("alone", "beside"):
+            rows.append((f"first audio ms p50, {name}", statistics.median(quiet[f"{name}_ms"])))
+        rows.append(("times as long beside the flood", quiet["ratio"]))
+    if "shares" in result:
+        rows.append(("audio of weight 2 over weight 1", result["shares"]["shares"]))
+    return [Table(("a quiet tenant and a flood; two of weights 2 and 1", "measured"), rows), _faults(result)]
+
+
+def _dropped(result: Result) -> list[Table]:
+    rows = [(part["num_streams"], part["rss_mb"], part["threads"], part["handles"]) for part in result["left"]]
+    return [Table(("after streams", "RSS MB", "threads", "handles"), rows), _faults(result)]
+
+
+def _faults(result: Result) -> Table:
+    return Table(("verdict", ""), [("; ".join(result["faults"]) or "holds", "")])
+
+
 def _chaos(result: Result) -> list[Table]:
-    ends = list(result["ends"].items())
-    faults = [*result["faults"].items(), ("violations", len(result["violations"]))]
-    return [Table(("how streams ended", "streams"), ends), Table(("faults", "times"), faults)]
+    return [
+        Table(("faults", "times"), list(result["faults"].items())),
+        Table(("how streams ended", "streams"), list(result["ends"].items())),
+        Table(("verdict", ""), [(result["verdict"], "")]),
+    ]
 
 
 def _soak(result: Result) -> list[Table]:
     growth = [(name, *values) for name, values in result["growth_mb_per_hour"].items()]
     return [
-        Table(("grows by MB an hour", "", "+-"), growth),
+        Table(("process", "grows by MB an hour", "+-"), growth),
         Table(("how streams ended", "streams"), list(result["ends"].items())),
         Table(("verdict", ""), [(result["verdict"], "")]),
     ]
 
 
 def _gpu(result: Result) -> list[Table]:
-    rows = []
-    for precision, found in result["step"]["precisions"].items():
-        for batch, replay in found["replay"].items():
-            engine = found["engine"][batch]
-            rows.append(
-                (f"{precision}, {batch}", replay["us"], replay["of_floor"], engine["audio_s_per_s"], engine["step_ms"])
-            )
-    theirs = [(f"transformers, {batch}", speed) for batch, speed in result["step"]["transformers"].items()]
-    columns = ("Dia-1.6B's size, requests", "replay us", "times its byte floor", "audio s/s", "step ms")
-    return [Table(columns, rows), Table(("beside it", "audio s/s"), theirs)]
+    rows = [
+        (row["target"], row["bound"], "not run" if row["measured"] is None else row["measured"], row["verdict"])
+        for row in result["targets"]
+    ]
+    return [Table(("target", "bound", "measured", "verdict"), rows)]
 
 
 FIGURES: tuple[Figure, ...] = (
@@ -269,20 +307,45 @@ FIGURES: tuple[Figure, ...] = (
     Figure(
         "voice",
         "What a recogniser hears of the embedded voice",
-        ("benchmarks/voice.py", "--sentences", "40", "--lengths", "100"),
+        ("benchmarks/voice.py", "--sentences", "24", "--lengths", "60"),
         _voice,
     ),
     Figure("api_workers", "Encoding in several API processes", ("-m", "benchmarks.api_workers"), _api_workers),
     Figure("tester", "Does the load tester tell the delays it was given?", ("-m", "benchmarks.tester"), _tester),
+    Figure(
+        "first_audio", "First audio of a server, one stream at a time", ("benchmarks/first_audio.py",), _first_audio
+    ),
+    Figure(
+        "fairness",
+        "One tenant's flood beside another; shares by weight",
+        ("benchmarks/fairness.py",),
+        _fairness,
+        is_default=False,
+    ),
+    Figure("dropped", "What dropped streams leave", ("benchmarks/dropped.py",), _dropped, is_default=False),
     Figure("soak", "What grows in half an hour of mixed traffic", ("benchmarks/soak.py",), _soak, is_default=False),
     Figure("chaos", "Streams under faults, 20 minutes", ("benchmarks/chaos.py",), _chaos, is_default=False),
-    Figure("gpu", "On a GPU: decode steps of Dia-1.6B's size", ("benchmarks/gpu.py",), _gpu, needs_gpu=True),
+    Figure(
+        "gpu",
+        "On a GPU: kernels, steps and whole models of real size",
+        ("benchmarks/gpu.py",),
+        _gpu,
+        needs_gpu=True,
+        awaited=(
+            "kernels and greedy codes against their references",
+            "decode attention and int4 products against copy bandwidth and cuBLAS",
+            "Dia-1.6B's size: a step against its byte floor, in bfloat16 and int4",
+            "Dia-1.6B's size: 1 and 64 requests against transformers",
+            "Dia and Zonos with their codec: audio seconds per second, memory against the plan",
+        ),
+    ),
     Figure(
         "vs_transformers_gpu",
         "On a GPU: Dia's architecture, transformers and declaim",
         ("benchmarks/vs_transformers.py", "--device", "cuda"),
         _vs_transformers,
         needs_gpu=True,
+        awaited=("transformers, one by one", "transformers, static batch", "declaim", "greedy codes"),
     ),
 )
 BY_NAME: Mapping[str, Figure] = {figure.name: figure for figure in FIGURES}
@@ -390,6 +453,8 @@ def render(folder: Path) -> str:
         parts.append(f"## {figure.title}")
         if figure in missing:
             where = " on a GPU" if figure.needs_gpu else ""
+            if figure.awaited:
+                parts.append(_markdown(Table(("figure", "measured"), [(name, "not run") for name in figure.awaited])))
             parts.append(f"Not run{where}. Command: `{shown(figure)}`")
             continue
         parts += _section(figure, folder / f"{figure.name}.json")
