@@ -28,8 +28,9 @@ from tests.zonos_checkpoints import CONFIGS, load_dac, load_zonos, make_zonos
 # Half the real width, few layers, and the real proportions of what a step reads and computes: weights that do not fit a
 # core's caches, as the real ones do not fit a GPU's; an MLP four times as wide, four heads to a KV head, three Mamba-2
 # layers to one of attention; and states that are 2 % of their layer's weights, as 64 x 64 x 128 numbers are of 25.8 M
-# (with the real d_state it would be 4 %). The codec is DAC with 64 channels: 1.5 % of the model's multiplications, where
-# the real one does a quarter as many as the model, but in layers so thin that each takes several times as long.
+# (with the real d_state it would be 4 %). The codec is DAC with 64 channels: 1.5 % of the model's multiplications. The
+# real one does a quarter as many as the model; layers as thin as these do theirs several times as slowly. Each text has
+# as many phonemes as the reference speaks in the second of audio that it gets.
 SIZES = {
     "transformer": {"n_layer": 3, "attn_layer_idx": [0, 1, 2]},
     "hybrid": {
