@@ -52,9 +52,10 @@ def test_every_record_belongs_to_a_figure(results: Any) -> None:
 def test_without_records_every_figure_is_there_and_was_not_run(results: Any, tmp_path: Path) -> None:
     page = results.render(tmp_path)
     for one in results.FIGURES:
-        assert (
-            f"## {one.title}\n\nNot run{' on a GPU' if one.needs_gpu else ''}. Command: `{results.shown(one)}`" in page
-        )
+        section = page.split(f"## {one.title}\n")[1].split("\n## ")[0]
+        assert f"\nNot run{' on a GPU' if one.needs_gpu else ''}. Command: `{results.shown(one)}`" in section
+        assert all(f"| {name} | not run |" in section for name in one.awaited)
+    assert all(one.awaited for one in results.FIGURES if one.needs_gpu)
 
 
 def test_a_figure_has_its_numbers_and_under_them_where_they_come_from(results: Any, tmp_path: Path) -> None:
