@@ -82,16 +82,17 @@ def test_a_long_text_is_spoken_in_segments_in_order(engine: Engine) -> None:
     text = " ".join(f"This is sentence number {i}." for i in range(12))
     (result,) = engine.generate([SpeechRequest(text, sampling=SamplingParams(seed=3))], progress=False)
     assert result.error is None
-    assert 15 < result.duration_s < 40
-    assert len(result.codes) * 960 == len(result.audio)
+    assert 12 < result.duration_s < 40
+    # At each of the eleven joints some silence is taken out.
+    assert 11 * 0.2 < len(result.codes) * 960 / 24000 - result.duration_s < 11 * 1.0
 
 
 def test_max_seconds_cuts_the_whole_request(engine: Engine) -> None:
     text = " ".join([SENTENCE] * 4)
     (result,) = engine.generate([SpeechRequest(text, sampling=SamplingParams(seed=1, max_seconds=4.0))], progress=False)
     assert result.finish_reason == "length"
-    assert result.duration_s == pytest.approx(4.0)
     assert len(result.codes) == 100
+    assert 3.0 < result.duration_s <= 4.0  # 4 s less the silence at the joints
 
 
 def test_codes_of_a_seed_are_the_same_alone_and_among_others(engine: Engine) -> None:
