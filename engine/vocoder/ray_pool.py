@@ -54,6 +54,8 @@ _CLOSE_TIMEOUT_S = 30.0
 # How often Ray is looked at, and how many times in a row it may not answer.
 _RAY_CHECK_S = 1.0
 _RAY_CHECKS = 2
+_JOIN_TIMEOUT_S = 60.0
+_FOR_EVER_S = 100_000_000
 _CRASHED = "the vocoder pool's thread crashed: see its traceback in the log, and build a new pool"
 _OBJECT_STORE_BYTES = 90 * 1024 * 1024
 # A session's sockets take up to 62 characters below Ray's folder, and an AF_UNIX path ends at 107.
@@ -190,9 +192,10 @@ class _JoinedRay:
     forked them. So nothing is left of a Ray that did not start, or that is lost, and on the main thread ray.init would
     replace the server's SIGTERM handler.
 
-    Workers whose Ray is gone decode on for seconds, but none of them is replaced; and a minute after Ray's control
-    service (GCS) died, Ray ends this process. So a lost Ray must be noticed before either is felt, by what stops at
-    once: the ports of the GCS and of this machine's raylet.
+    Workers whose Ray is gone decode on for seconds, but none of them is replaced. So a lost Ray must be noticed before
+    that is felt, by what stops at once: the ports of its control service (GCS) and of this machine's raylet.
+
+    While it starts, Ray waits for a GCS that died. Such a thread is given up, with what it holds, until the process ends.
     """
 
     def __init__(self, options: RayPoolOptions) -> None:
@@ -206,7 +209,9 @@ class _JoinedRay:
         self._is_left = threading.Event()
         self._thread = threading.Thread(target=self._hold, args=(options,), name="declaim-ray", daemon=True)
         self._thread.start()
-        self._is_settled.wait()
+        if not self._is_settled.wait(_JOIN_TIMEOUT_S):
+            self._is_left.set()
+            raise EngineError(f"Ray was not ready within {_JOIN_TIMEOUT_S:g} s: see /tmp/ray/session_latest/logs")
         if self._error is not None:
             self._thread.join()
             raise self._error
@@ -214,7 +219,7 @@ class _JoinedRay:
     def leave(self) -> None:
         """Shut it down, if it is ours."""
         self._is_left.set()
-        self._thread.join()
+        self._thread.join(_JOIN_TIMEOUT_S)
 
     def _hold(self, options: RayPoolOptions) -> None:
         try:
@@ -815,9 +820,11 @@ def _connect(options: RayPoolOptions) -> bool:
     """
     if ray.is_initialized():
         return False
-    # Nothing phones home. And a worker that asks for no GPU (it shares the engine's) still sees it.
+    # Nothing phones home. A worker that asks for no GPU (it shares the engine's) still sees it. And a lost GCS never
+    # ends this process, which Ray does after a minute: the pool notices sooner, but not while Ray starts.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    os.environ.setdefault("RAY_gcs_rpc_server_reconnect_timeout_s", str(_FOR_EVER_S))
     if options.address is not None:
         _check_cluster(options.address)
     with _quiet_ray():
