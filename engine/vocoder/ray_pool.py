@@ -195,7 +195,7 @@ class _JoinedRay:
     Workers whose Ray is gone decode on for seconds, but none of them is replaced. So a lost Ray must be noticed before
     that is felt, by what stops at once: the ports of its control service (GCS) and of this machine's raylet.
 
-    While it starts, Ray waits for a GCS that died. Such a thread is given up, with what it holds, until the process ends.
+    Ray that starts waits for a GCS that died. Such a thread is given up with what it holds, until the process ends.
     """
 
     def __init__(self, options: RayPoolOptions) -> None:
