@@ -11,6 +11,7 @@ import base64
 import io
 import json
 import wave
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -18,9 +19,13 @@ import pytest
 
 from declaim.api.app import create_app
 from declaim.api.encode import MEDIA_TYPES, to_s16
+from declaim.api.server import ServedApp, ServerOptions, make_server
 from declaim.api.serving import Serving
 from declaim.api.settings import ApiSettings
+from declaim.api.store.database import Database
+from declaim.api.voices import VoiceStore, build_voices_router
 from tests.api.fake_engine import FakeEngine, eventually, scripted
+from tests.api.fake_gate import KEY, FakeGate
 from tests.api.live import serving_at
 from tests.api.test_app import BODY, SPEECH, app_of, ask, speak
 
@@ -129,6 +134,25 @@ def test_quirk_04_an_empty_key_works_on_an_open_server(header: str) -> None:
     assert ask(app, "POST", SPEECH, json=BODY, headers={"authorization": header}).status_code == 200
 
 
+@pytest.mark.parametrize("path", ["/v1/models", "/v1/audio/models", "/audio/voices"])
+def test_quirk_04_listings_are_public_where_the_operator_says_so(tmp_path: Path, path: str) -> None:
+    """Open WebUI probes them without its key."""
+    serving, gate = Serving(FakeEngine), FakeGate()
+    serving.start()
+    assert eventually(lambda: serving.stage == "ready")
+    database = Database(f"sqlite:///{tmp_path}/declaim.db")
+    database.migrate()
+    voices = VoiceStore(serving.engine_for_accepted, database)
+    for is_public, status in ((True, 200), (False, 401)):
+        routers = [build_voices_router(voices, gate, lists_publicly=is_public)]
+        settings = ApiSettings(public_listings=is_public)
+        app = create_app(serving, gate=gate, voices=voices, settings=settings, routers=routers)
+        assert ask(app, "GET", path).status_code == status
+        assert ask(app, "POST", SPEECH, json=BODY).status_code == 401
+    voices.close()
+    database.close()
+
+
 # 5. LiveKit asks every model but OpenAI's for events.
 
 
@@ -219,7 +243,25 @@ def test_quirk_08_silence_in_a_stream_of_events_is_bridged_by_comments() -> None
     assert [event["type"] for event in audio] == ["speech.audio.delta"] * 2 + ["speech.audio.done"]
 
 
-# 9. Hanging up: see test_streaming, which needs sockets.
+def test_quirk_08_connections_are_kept_for_longer_than_clients_pool_them() -> None:
+    """LiveKit's client keeps one for 120 s: closed earlier, its next request would fail now and then."""
+    serving = Serving(FakeEngine)
+    served = ServedApp(create_app(serving), lambda: None)
+    assert make_server(served, serving, ServerOptions(ApiSettings())).config.timeout_keep_alive > 120
+
+
+# 9. Hanging up. How fast it ends the engine's work is in test_streaming.
+
+
+def test_quirk_09_who_hangs_up_ends_the_work_and_pays_for_what_was_sent() -> None:
+    engine, gate = scripted(num_chunks=500, delay_s=0.02), FakeGate()
+    with serving_at(lambda: engine, gate=gate) as (url, _):
+        with httpx.stream("POST", url + SPEECH, json=BODY, headers=KEY) as response:
+            next(response.iter_raw())
+        assert eventually(lambda: len(gate.usages) == 1 and len(engine.cancelled) == 1)
+    (usage,) = gate.usages
+    assert usage.outcome == "client_gone" and gate.num_open == 0
+    assert 0.2 <= usage.delivered_s <= usage.generated_s < 50.0 and usage.chars == len("Hello.")
 
 
 # 10. Greetings.

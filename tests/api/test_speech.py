@@ -9,8 +9,8 @@ import io
 import random
 import threading
 import wave
-from collections.abc import AsyncGenerator, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import AsyncGenerator
+from dataclasses import replace
 from typing import Any
 
 import httpx
@@ -21,52 +21,17 @@ from starlette.types import ASGIApp
 
 from declaim.api.app import create_app
 from declaim.api.encode import MEDIA_TYPES
-from declaim.api.gate import Admission, Caller, Usage, tier_of
 from declaim.api.serving import Serving
 from declaim.api.settings import ApiSettings
-from declaim.api.tenant_errors import InvalidApiKey, RateLimited
+from declaim.api.tenant_errors import RateLimited
 from declaim.engine import AudioChunk, Overloaded, SequenceFailed, SpeechRequest
 from declaim.engine.request import EncodedVoice, FinishReason, Word
 from declaim.engine.spec import ModelSpec
 from tests.api.fake_engine import FakeEngine, eventually, scripted
+from tests.api.fake_gate import KEY, FakeGate
 from tests.api.live import serving_at
 from tests.api.test_app import BODY, SPEECH, ask, check_error, check_invalid, speak
 from tests.api.test_quirks import events_of
-
-
-@dataclass(slots=True)
-class FakeGate:
-    """Lets in who has the key, counts, and remembers what became of everybody."""
-
-    refusal: Exception | None = None
-    asked: list[tuple[str | None, int, str | None]] = field(default_factory=list)
-    usages: list[Usage] = field(default_factory=list)
-    num_open: int = 0
-
-    async def authenticate(self, credential: str | None) -> Caller:
-        if credential != "sk-good":
-            raise InvalidApiKey("the key is unknown: check it")
-        return Caller(tenant="acme", key_id="key_1", weight=2.0)
-
-    async def admit(self, caller: Caller, *, request_id: str, chars: int, service_tier: str | None) -> Admission:
-        self.asked.append((caller.tenant, chars, service_tier))
-        if self.refusal is not None:
-            raise self.refusal
-        self.num_open += 1
-        gate = self
-
-        class Admitted:
-            tier = tier_of(service_tier)
-            headers: Mapping[str, str] = {"x-ratelimit-limit-requests": "60"}
-
-            async def charge(self, chars: int) -> None:
-                raise AssertionError("a request comes whole")
-
-            def close(self, usage: Usage) -> None:
-                gate.num_open -= 1
-                gate.usages.append(usage)
-
-        return Admitted()
 
 
 class Speaker(FakeEngine):
@@ -95,9 +60,6 @@ def gated(engine: FakeEngine, gate: FakeGate, **settings: Any) -> ASGIApp:
     serving.start()
     assert eventually(lambda: serving.stage == "ready")
     return create_app(serving, gate=gate, settings=ApiSettings(**settings))
-
-
-KEY = {"authorization": "Bearer sk-good"}
 
 
 def test_a_wrong_key_is_a_401_that_says_so_and_reaches_nothing() -> None:
