@@ -32,7 +32,7 @@ FRAME_RATE_HZ = 44100 / 512
 
 @dataclass(frozen=True)
 class DiaSize:
-    """The vocabulary, the nine codebooks and their delays are the real model's."""
+    """The vocabulary, the nine codebooks and their delays are the real model's where nothing else is said."""
 
     layers: int
     hidden: int
@@ -46,6 +46,28 @@ class DiaSize:
     encoder_heads: int
     encoder_ffn: int
     max_positions: int
+    delay: tuple[int, ...] = DELAY
+    codebook_size: int = 1024
+
+    @property
+    def eos(self) -> int:
+        return self.codebook_size
+
+    @property
+    def pad(self) -> int:
+        return self.codebook_size + 1
+
+    @property
+    def bos(self) -> int:
+        return self.codebook_size + 2
+
+    @property
+    def vocab_size(self) -> int:
+        return self.codebook_size + 4
+
+    @property
+    def num_drain_rows(self) -> int:
+        return max(self.delay) + 1
 
 
 # Dia's proportions (four query heads to a KV head, FFN four times as wide): 18 M parameters in the decoder's layers.
@@ -92,21 +114,31 @@ def quiet_transformers() -> Iterator[None]:
         transformers_logging.enable_progress_bar()
 
 
-def save_dia(folder: Path, size: DiaSize, *, scale: float, seed: int = 0) -> int:
-    """Save model, processor, and a small DAC in codec/. Returns the number of the decoder's parameters.
+def save_dia(
+    folder: Path,
+    size: DiaSize,
+    *,
+    scale: float,
+    seed: int = 0,
+    dac_width: int = 64,
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> int:
+    """Save model, processor, and a DAC in codec/. Returns the number of the decoder's parameters.
 
     scale: standard deviation of every matrix. Attention is not divided by sqrt(head_dim) in this family, so a large
-    scale makes it all but one-hot.
+    scale makes it all but one-hot. dac_width: 1536 is the real one's. device: where the weights are drawn.
     """
     torch.manual_seed(seed)
     with quiet_transformers():
-        model = DiaForConditionalGeneration(_config(size))
+        with torch.device(device):
+            model = DiaForConditionalGeneration(_config(size)).to(dtype)
         with torch.no_grad():
             for weight in model.parameters():
                 if weight.ndim > 1:
                     weight.normal_(0, scale)
-            model.logits_dense.weight[EOS] = 0
-        _small_dac().save_pretrained(folder / "codec")
+            model.logits_dense.weight[size.eos] = 0
+        save_dac(folder / "codec", size, width=dac_width)
         # Only a codec that was itself loaded from a folder has the name that the processor's file needs.
         dac = DacModel.from_pretrained(folder / "codec")
         extractor = DiaFeatureExtractor(feature_size=1, sampling_rate=44100, hop_length=512)
@@ -139,22 +171,26 @@ def _config(size: DiaSize) -> DiaConfig:
             cross_num_key_value_heads=size.cross_heads,
             cross_head_dim=size.head_dim,
             cross_hidden_size=size.encoder_hidden,
-            vocab_size=1028,
-            num_channels=len(DELAY),
+            vocab_size=size.vocab_size,
+            num_channels=len(size.delay),
         ),
+        delay_pattern=list(size.delay),
+        bos_token_id=size.bos,
+        eos_token_id=size.eos,
+        pad_token_id=size.pad,
     )
 
 
-def _small_dac() -> DacModel:
-    """The real strides and codebooks with few channels."""
-    return DacModel(
+def save_dac(folder: Path, size: DiaSize, *, width: int) -> None:
+    """Save a DAC with the real strides, for the codebooks of `size`; its decoder is so wide at its widest."""
+    DacModel(
         DacConfig(
-            encoder_hidden_size=8,
-            decoder_hidden_size=64,
-            n_codebooks=len(DELAY),
-            codebook_size=1024,
+            encoder_hidden_size=8 if width < 1536 else 64,
+            decoder_hidden_size=width,
+            n_codebooks=len(size.delay),
+            codebook_size=size.codebook_size,
             codebook_dim=8,
             sampling_rate=44100,
             downsampling_ratios=[2, 4, 8, 8],
         )
-    )
+    ).save_pretrained(folder)
