@@ -13,9 +13,15 @@ from typing import Any
 import pytest
 import torch
 from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from declaim.engine import Engine, EngineConfig
+from declaim.engine.models.base import Prefill
 from declaim.engine.models.zonos import ZonosModel
+from declaim.engine.models.zonos_conditioning import encode_phonemes
+from declaim.engine.sequence import Prompt
+from declaim.engine.text import TextOptions
+from declaim.engine.words import Segment
 from tests import fakes
 from tests.engine import test_properties as laws
 from tests.zonos_checkpoints import CONFIGS, EOS, load_zonos, make_zonos
@@ -37,11 +43,24 @@ def zonos_for_fake(model: ZonosModel, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.set_num_threads(1)
 
     def make_engine(config: EngineConfig = laws.ROOMY, *, vocoder_seed: int = 0, eos_bias: float = 0.0) -> Engine:
-        logits = model.logits
-
         class Biased(ZonosModel):
+            """Fails where the fake family does: on "!crash" and "!nan"; cuts texts where it does, at "|"."""
+
+            def segments(self, text: str, options: TextOptions) -> list[Segment]:
+                return [
+                    segment for piece in text.split("|") for segment in super(Biased, self).segments(piece, options)
+                ]
+
+            def prepare(self, prompt: Prompt) -> Prefill:
+                if holds(prompt, "!crash"):
+                    raise RuntimeError("this text crashes the conditioner")
+                prefill = super().prepare(prompt)
+                if holds(prompt, "!nan") and prefill.prefix is not None:
+                    return replace(prefill, prefix=prefill.prefix * float("nan"))
+                return prefill
+
             def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-                out = logits(hidden)
+                out = super().logits(hidden)
                 out[:, 0, EOS] += eos_bias
                 return out
 
@@ -59,6 +78,11 @@ def zonos_for_fake(model: ZonosModel, monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(laws, "make_engine", make_engine)
     monkeypatch.setattr(fakes.FakeCodec, "spec", CODEC)
+
+
+def holds(prompt: Prompt, word: str) -> bool:
+    wanted = encode_phonemes(word)[1:-1]
+    return any(prompt.text_ids[i : i + len(wanted)] == wanted for i in range(len(prompt.text_ids)))
 
 
 def fewer(law: Callable[..., None], **strategies: Any) -> Callable[..., None]:
@@ -79,15 +103,15 @@ test_any_schedule_gives_the_codes_and_samples_of_alone = fewer(
 )
 test_a_list_gives_each_request_the_codes_of_alone = fewer(
     laws.test_a_list_gives_each_request_the_codes_of_alone,
-    chosen=laws.st.lists(laws.requests, min_size=1, max_size=5),
-    max_batch=laws.st.integers(1, 8),
+    chosen=st.lists(laws.requests, min_size=1, max_size=5),
+    max_batch=st.integers(1, 8),
 )
 test_any_chunk_schedule_gives_the_samples_of_the_whole = fewer(
     laws.test_any_chunk_schedule_gives_the_samples_of_the_whole,
     request=laws.requests,
-    first_s=laws.st.floats(0.05, 1.0),
-    max_s=laws.st.floats(0.05, 2.0),
-    cut=laws.st.integers(1, 40),
+    first_s=st.floats(0.05, 1.0),
+    max_s=st.floats(0.05, 2.0),
+    cut=st.integers(1, 40),
 )
 
 
@@ -97,3 +121,17 @@ def test_a_pool_too_small_for_two_preempts_and_still_gives_the_codes_of_alone() 
 
 def test_a_cancelled_request_frees_its_blocks_and_raises_in_its_stream() -> None:
     laws.test_a_cancelled_request_frees_its_blocks_and_raises_in_its_stream()
+
+
+@pytest.mark.parametrize(
+    "law",
+    [
+        laws.test_one_sequences_crash_and_one_sequences_nan_leave_the_others_alone,
+        laws.test_a_segment_that_fails_ends_its_request_and_no_other,
+        laws.test_more_than_the_queue_holds_is_refused_and_what_was_accepted_is_served,
+        laws.test_a_list_longer_than_the_queue_is_served_without_refusal,
+        laws.test_closing_the_engine_ends_running_streams_with_an_error,
+    ],
+)
+def test_faults_and_limits_are_those_of_the_fake_family(law: Callable[[], None]) -> None:
+    law()
