@@ -154,7 +154,8 @@ def _variant(kernel: Any, arguments: dict[str, Any], constexprs: dict[str, Any],
             values[name] = None
         elif isinstance(value, torch.Tensor):
             types.append((name, "*" + _TYPES[value.dtype]))
-            aligned.append(name)
+            if value.storage_offset() * value.element_size() % 16 == 0:
+                aligned.append(name)
         elif isinstance(value, float):
             types.append((name, "fp32"))
         elif value == 1 and name not in fixed:

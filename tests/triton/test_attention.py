@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import pytest
 import torch
@@ -19,32 +19,16 @@ from hypothesis import strategies as st
 from declaim.kernels import attention, backend
 from declaim.kernels.attention import AttentionPlan, paged_attention, paged_attention_reference, plan_attention
 from declaim.kernels.kv_cache import allocate_cache
+from tests.triton.guards import CPU, guard_allocations
 
-CPU = torch.device("cpu")
 # Of the largest value, and of the norm. The interpreter truncates to bfloat16, so that its bounds are twice a GPU's.
 TOLERANCE = {torch.float32: (2e-6, 1e-6), torch.float16: (2e-3, 1e-3), torch.bfloat16: (2e-2, 8e-3)}
 NO_SUCH_BLOCK = 1 << 24
-GUARD = 64
-SENTINEL = 77.0
 
 
 @pytest.fixture(autouse=True)
 def guarded_empty(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """What a wrapper allocates is NaN until written, and lies between guards that nobody may touch."""
-    allocated: list[torch.Tensor] = []
-    empty: Callable[..., torch.Tensor] = torch.empty
-
-    def poisoned(*shape: int, dtype: torch.dtype, device: torch.device = CPU) -> torch.Tensor:
-        count = math.prod(shape)
-        buffer = empty(count + 2 * GUARD, dtype=dtype, device=device).fill_(SENTINEL)
-        allocated.append(buffer)
-        return buffer[GUARD : GUARD + count].fill_(math.nan).view(shape)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(torch, "empty", poisoned)
-        yield
-    for buffer in allocated:
-        assert (buffer[:GUARD] == SENTINEL).all() and (buffer[-GUARD:] == SENTINEL).all()
+    yield from guard_allocations(monkeypatch)
 
 
 @dataclasses.dataclass(frozen=True)

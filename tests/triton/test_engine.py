@@ -22,12 +22,14 @@ from transformers.models.dia.configuration_dia import DiaDecoderConfig, DiaEncod
 from declaim.engine import Engine, EngineConfig, SamplingParams, SpeechRequest
 from declaim.engine.graphs import GraphRunner
 from declaim.engine.integrity import QUANTIZATION_NAME
+from declaim.engine.models import zonos
 from declaim.engine.quantize import quantize_folder
 from declaim.engine.request import SpeechResult
 from declaim.kernels import backend
 from declaim.kernels.int4 import quantize_weight, w4a16_dequantize_reference
 from tests.dia_checkpoints import quiet_transformers
-from tests.fakes import FakeCodec, FakeModel, ShuffledVocoder
+from tests.fakes import FAKE_CODEC, FakeCodec, FakeModel, ShuffledVocoder
+from tests.zonos_checkpoints import HYBRID, load_zonos, make_zonos
 
 BOS, EOS, PAD, VOCAB_SIZE, NUM_CODEBOOKS = 34, 32, 33, 36, 3
 FRAME_RATE_HZ = 44100 / 512
@@ -201,3 +203,59 @@ def test_a_failed_draw_ends_its_own_request_a_step_late(
     assert [result.error is None for result in results] == [True, False, True, False]
     for result, wanted in zip(results[::2], on_torch(requests[::2]), strict=True):
         np.testing.assert_array_equal(result.codes, wanted.codes)
+
+
+# A hybrid of one Mamba-2 and one attention layer, whose codebooks have few codes: heads of the real size, and a table
+# of 6400 positions, take the interpreter minutes.
+HYBRID_CODEC = replace(FAKE_CODEC, num_codebooks=9, codebook_size=30)
+HYBRID_TEXTS = (("oʊ", 0.3, 2.0), ("wʌn", 0.6, 2.0), ("ænd", 0.2, 1.0))
+"""Phonemes, seconds, guidance scale."""
+
+
+@pytest.fixture
+def hybrid(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(zonos, "MAX_POSITIONS", 64)
+    ssm = {"layer": "Mamba2", "d_state": 8, "headdim": 64}
+    config = {
+        **HYBRID,
+        "backbone": {**HYBRID["backbone"], "n_layer": 2, "attn_layer_idx": [1], "ssm_cfg": ssm},
+        "prefix_conditioner": {
+            **HYBRID["prefix_conditioner"],
+            "conditioners": HYBRID["prefix_conditioner"]["conditioners"][:2],
+        },
+        "eos_token_id": HYBRID_CODEC.codebook_size,
+        "masked_token_id": HYBRID_CODEC.codebook_size + 1,
+    }
+    return make_zonos(tmp_path / "hybrid", config, codec=False)
+
+
+def hybrid_codes(folder: Path, config: EngineConfig) -> list[NDArray[np.int32]]:
+    """Greedy, all texts at once; whoever loses his blocks loses his state, and begins anew."""
+    requests = [
+        SpeechRequest(
+            text,
+            sampling=SamplingParams(temperature=0.0, guidance_scale=scale, max_seconds=seconds),
+            normalize=False,
+        )
+        for text, seconds, scale in HYBRID_TEXTS
+    ]
+    with Engine(
+        load_zonos(folder, codec=HYBRID_CODEC),
+        config.resolve(),
+        make_vocoder=lambda wake: ShuffledVocoder(seed=0, wake=wake),
+        model_name="hybrid",
+    ) as engine:
+        assert isinstance(engine._runner, GraphRunner) != config.eager
+        results = engine.generate(requests, progress=False)
+        assert (engine.stats().preemptions > 0) == (config.num_blocks is not None)
+    assert all(result.error is None for result in results)
+    return [result.codes for result in results]
+
+
+def test_a_hybrid_s_states_move_on_as_on_the_torch_path(hybrid: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = EngineConfig(device="cpu", dtype="float32", max_batch=3, block_size=4)
+    with monkeypatch.context() as patched:
+        patched.setattr(backend, "IS_INTERPRETED", False)
+        expected = hybrid_codes(hybrid, replace(config, eager=True))
+    assert [len(codes) for codes in expected] == [3, 6, 2]
+    assert_equal(hybrid_codes(hybrid, replace(config, num_blocks=22)), expected)

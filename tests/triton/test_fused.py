@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from itertools import product
 from pathlib import Path
 
 import pytest
@@ -24,43 +23,16 @@ from declaim.kernels.norm import (
     rms_norm_reference,
 )
 from declaim.kernels.rope import apply_rotary, apply_rotary_reference, rotary_and_cache, rotary_table
+from tests.triton.guards import CPU, guard_allocations, random, strided
 
-CPU = torch.device("cpu")
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 # (absolute, relative). The interpreter truncates to bfloat16, so that its bound is twice that of a GPU.
 TOLERANCE = {torch.float32: (1e-6, 1e-5), torch.float16: (1e-3, 2e-3), torch.bfloat16: (1e-6, 1.6e-2)}
-GUARD = 64
-SENTINEL = 77.0
 
 
 @pytest.fixture(autouse=True)
 def guarded_empty(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """What a wrapper allocates is NaN until written, and lies between guards that nobody may touch."""
-    allocated: list[torch.Tensor] = []
-    empty: Callable[..., torch.Tensor] = torch.empty
-
-    def poisoned(*shape: int, dtype: torch.dtype, device: torch.device = CPU) -> torch.Tensor:
-        count = math.prod(shape)
-        buffer = empty(count + 2 * GUARD, dtype=dtype, device=device).fill_(SENTINEL)
-        allocated.append(buffer)
-        return buffer[GUARD : GUARD + count].fill_(math.nan).view(shape)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(torch, "empty", poisoned)
-        yield
-    for buffer in allocated:
-        assert (buffer[:GUARD] == SENTINEL).all() and (buffer[-GUARD:] == SENTINEL).all()
-
-
-def random(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
-
-
-def strided(x: torch.Tensor) -> torch.Tensor:
-    """The same rows with NaN between them."""
-    wide = torch.full((len(x), x.shape[1] + 24), math.nan, dtype=x.dtype)
-    wide[:, 8 : 8 + x.shape[1]] = x
-    return wide[:, 8 : 8 + x.shape[1]]
+    yield from guard_allocations(monkeypatch)
 
 
 def assert_near(got: torch.Tensor, expected: torch.Tensor) -> None:
@@ -299,23 +271,6 @@ def test_slots_are_counted_in_64_bits(tmp_path: Path) -> None:
     assert torch.equal(k_cache[3, 0, 1], qkv[0, 8:16]) and torch.equal(v_cache[3, 0, 1], qkv[0, 16:])
     write_cache(qkv[:, None, :8], qkv[:, None, 8:16], slots + 1, k_cache, v_cache)
     assert torch.equal(k_cache[3, 0, 2], qkv[0, :8]) and torch.equal(v_cache[3, 0, 2], qkv[0, 8:16])
-
-
-def test_a_row_has_the_same_bits_in_any_batch() -> None:
-    x, residual, weight, rest = random(9, 320), random(9, 320, seed=1), random(320, seed=2), random(320, seed=3)
-    gate_up, table = random(9, 2 * 96, seed=4), random(4 * 7, 96, seed=5)
-    codes = torch.randint(-1, 7, (9, 4), generator=torch.Generator().manual_seed(6))
-    angles = rotary_table(9, 8, theta=1e4, device=CPU)
-    functions: list[Callable[[slice], torch.Tensor]] = [
-        lambda rows: rms_norm(x[rows], weight, eps=1e-5),
-        lambda rows: layer_norm(x[rows], weight, rest, eps=1e-5),
-        lambda rows: add_rms_norm(x[rows], residual[rows], weight, eps=1e-5)[0],
-        lambda rows: silu_and_mul(gate_up[rows]),
-        lambda rows: codebook_embedding(codes[rows], table, vocab_size=7),
-        lambda rows: apply_rotary(x[rows].unflatten(1, (-1, 8)), angles[rows]),
-    ]
-    for function, (first, last) in product(functions, [(0, 1), (4, 5), (2, 9)]):
-        assert torch.equal(function(slice(first, last)), function(slice(0, 9))[first:last])
 
 
 def test_no_rows_are_no_work() -> None:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -22,37 +21,17 @@ from declaim.kernels.int4 import (
     w4a16_matmul_reference,
 )
 from declaim.kernels.linear import Linear, gated_linear, linear
+from tests.triton.guards import CPU, guard_allocations, random
 
-CPU = torch.device("cpu")
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 # Of the largest element. The interpreter multiplies bfloat16 as float32, and truncates the result.
 TOLERANCE = {torch.float32: 1e-6, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 FROBENIUS = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
-GUARD = 64
-SENTINEL = 77.0
 
 
 @pytest.fixture(autouse=True)
 def guarded_empty(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """What a wrapper allocates is NaN until written, and lies between guards that nobody may touch."""
-    allocated: list[torch.Tensor] = []
-    empty: Callable[..., torch.Tensor] = torch.empty
-
-    def poisoned(*shape: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-        count = math.prod(shape)
-        buffer = empty(count + 2 * GUARD, dtype=dtype, device=device).fill_(SENTINEL)
-        allocated.append(buffer)
-        return buffer[GUARD : GUARD + count].fill_(math.nan).view(shape)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(torch, "empty", poisoned)
-        yield
-    for buffer in allocated:
-        assert (buffer[:GUARD] == SENTINEL).all() and (buffer[-GUARD:] == SENTINEL).all()
-
-
-def random(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+    yield from guard_allocations(monkeypatch)
 
 
 def random_weight(num_in: int, num_out: int, group: int, dtype: torch.dtype, *, seed: int = 0) -> Int4Weight:

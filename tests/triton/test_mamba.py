@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
+
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from declaim.kernels.mamba import (
     StatePlan,
@@ -14,14 +19,16 @@ from declaim.kernels.mamba import (
     state_scan,
     state_scan_reference,
 )
+from tests.triton.guards import guard_allocations, random, strided
 
 HEADS, WIDTH = 3, 4
-# (absolute, relative). The interpreter truncates to bfloat16.
+# (of the largest, relative). The interpreter truncates to bfloat16.
 TOLERANCE = {torch.float32: (1e-5, 1e-5), torch.float16: (4e-3, 4e-3), torch.bfloat16: (4e-2, 4e-2)}
 
 
-def random(*shape: int, seed: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+@pytest.fixture(autouse=True)
+def guarded_empty(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    yield from guard_allocations(monkeypatch)
 
 
 def plan_of(counts: list[int], slots: list[int], is_new: list[bool]) -> StatePlan:
@@ -29,40 +36,73 @@ def plan_of(counts: list[int], slots: list[int], is_new: list[bool]) -> StatePla
     return StatePlan(starts, torch.tensor(slots), torch.tensor(is_new))
 
 
-# Old and new sequences, one position and several, fewer than the convolution's width, and a graph's padding.
-PLAN = plan_of([1, 6, 2, 1, 1], [3, 0, 4, -1, 1], [False, True, False, False, True])
-NUM_ROWS, NUM_SLOTS = 11, 6
+def state_of(plan: StatePlan, num_slots: int, *shape: int, seed: int, dtype: torch.dtype) -> torch.Tensor:
+    """NaN in the slots of those who are not there, and of those who are new."""
+    state = torch.full((num_slots, *shape), math.nan, dtype=dtype)
+    old = [
+        slot for slot, is_new in zip(plan.slots.tolist(), plan.is_new.tolist(), strict=True) if slot >= 0 and not is_new
+    ]
+    state[old] = random(len(old), *shape, seed=seed, dtype=dtype)
+    return state
+
+
+def assert_near(got: torch.Tensor, expected: torch.Tensor) -> None:
+    absolute, relative = TOLERANCE[got.dtype]
+    largest = float(expected.float().nan_to_num().abs().max()) if expected.numel() else 0.0
+    torch.testing.assert_close(got, expected, atol=absolute * max(1.0, largest), rtol=relative, equal_nan=True)
+
+
+def check(plan: StatePlan, num_slots: int, *, head_dim: int, size: int, dtype: torch.dtype) -> None:
+    """Each kernel against its reference, with NaN between rows; slots that are nobody's stay as they were."""
+    num_rows = int(plan.query_start[-1])
+    inner, channels = HEADS * head_dim, HEADS * head_dim + 2 * size
+    xbc = strided(random(num_rows, channels, seed=1, dtype=dtype))
+    # On both sides of where softplus becomes linear.
+    dt = strided(random(num_rows, HEADS, seed=2, dtype=dtype) * 12)
+    z = strided(random(num_rows, inner, seed=3, dtype=dtype))
+    taps, bias = random(WIDTH, channels, seed=4, dtype=dtype), random(channels, seed=5, dtype=dtype)
+    conv = state_of(plan, num_slots, WIDTH - 1, channels, seed=6, dtype=dtype)
+    ssm = state_of(plan, num_slots, HEADS, head_dim, size, seed=7, dtype=dtype)
+    expected_conv, expected_ssm = conv.clone(), ssm.clone()
+
+    mixed = causal_conv(xbc, taps, bias, conv, plan)
+    expected = causal_conv_reference(xbc, taps, bias, expected_conv, plan)
+    assert_near(mixed, expected)
+    torch.testing.assert_close(conv, expected_conv, atol=0, rtol=0, equal_nan=True)
+
+    numbers = (-random(HEADS, seed=8).exp(), random(HEADS, seed=9), random(HEADS, seed=10))
+    y = state_scan(strided(expected), dt, *numbers, ssm, plan)
+    expected_y = state_scan_reference(expected, dt, *numbers, expected_ssm, plan)
+    assert_near(y, expected_y)
+    assert_near(ssm, expected_ssm)
+
+    norm = random(inner, seed=11, dtype=dtype)
+    got = gated_rms_norm(strided(expected_y), z, norm, eps=1e-5)
+    assert_near(got, gated_rms_norm_reference(expected_y, z, norm, eps=1e-5))
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize(("head_dim", "size"), [(8, 16), (40, 24), (64, 128)])
 def test_every_kernel_is_its_reference_and_touches_no_other_slot(dtype: torch.dtype, head_dim: int, size: int) -> None:
-    atol, rtol = TOLERANCE[dtype]
-    inner, channels = HEADS * head_dim, HEADS * head_dim + 2 * size
-    projected = random(NUM_ROWS, inner + channels + HEADS, seed=1, dtype=dtype)
-    z, xbc, dt = projected.split([inner, channels, HEADS], dim=1)
-    dt = dt * 12  # on both sides of where softplus becomes linear
-    taps, bias = random(WIDTH, channels, seed=2, dtype=dtype), random(channels, seed=3, dtype=dtype)
-    conv = random(NUM_SLOTS, WIDTH - 1, channels, seed=4, dtype=dtype)
-    ssm = random(NUM_SLOTS, HEADS, head_dim, size, seed=5, dtype=dtype)
-    wanted_conv, wanted_ssm = conv.clone(), ssm.clone()
+    """Old and new sequences, one position and several, fewer than the convolution's width, and a graph's padding."""
+    plan = plan_of([1, 6, 2, 1, 1], [3, 0, 4, -1, 1], [False, True, False, False, True])
+    check(plan, 6, head_dim=head_dim, size=size, dtype=dtype)
 
-    mixed = causal_conv(xbc, taps, bias, conv, PLAN)
-    wanted = causal_conv_reference(xbc, taps, bias, wanted_conv, PLAN)
-    torch.testing.assert_close(mixed, wanted, atol=atol, rtol=rtol)
-    assert torch.equal(conv, wanted_conv)
 
-    numbers = (-random(HEADS, seed=6).exp(), random(HEADS, seed=7), random(HEADS, seed=8))
-    y = state_scan(wanted, dt, *numbers, ssm, PLAN)
-    wanted_y = state_scan_reference(wanted, dt, *numbers, wanted_ssm, PLAN)
-    scale = float(wanted_y.float().abs().max())
-    torch.testing.assert_close(y, wanted_y, atol=atol * scale, rtol=rtol)
-    torch.testing.assert_close(ssm, wanted_ssm, atol=atol * float(wanted_ssm.float().abs().max()), rtol=rtol)
-    assert torch.equal(ssm[[2, 5]], wanted_ssm[[2, 5]])
-
-    norm = random(inner, seed=9, dtype=dtype)
-    got = gated_rms_norm(wanted_y, z, norm, eps=1e-5)
-    torch.testing.assert_close(got, gated_rms_norm_reference(wanted_y, z, norm, eps=1e-5), atol=atol, rtol=rtol)
+@settings(max_examples=8, deadline=None, derandomize=True)
+@given(data=st.data())
+def test_any_sequences(data: st.DataObject) -> None:
+    counts = data.draw(st.lists(st.integers(1, 6), min_size=1, max_size=3))
+    slots = data.draw(st.permutations(range(5)))[: len(counts)]
+    slots = [-1 if data.draw(st.integers(0, 4)) == 0 else slot for slot in slots]
+    is_new = [data.draw(st.booleans()) for _ in counts]
+    check(
+        plan_of(counts, slots, is_new),
+        5,
+        head_dim=data.draw(st.integers(1, 40)),
+        size=data.draw(st.integers(1, 20)),
+        dtype=data.draw(st.sampled_from([torch.float32, torch.float16])),
+    )
 
 
 def test_a_sequence_has_the_same_bits_whole_and_position_by_position() -> None:

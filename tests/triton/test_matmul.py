@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -12,35 +12,16 @@ from hypothesis import strategies as st
 
 from declaim.kernels.linear import gated_linear, linear, pack_linear
 from declaim.kernels.matmul import matmul, matmul_reference, split_of, sum_parts
+from tests.triton.guards import guard_allocations, random
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 # Of the largest element. The interpreter truncates to bfloat16, so that its bound is twice that of a GPU.
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 2e-2}
-GUARD = 64
-SENTINEL = 77.0
 
 
 @pytest.fixture(autouse=True)
 def guarded_empty(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """What a wrapper allocates is NaN until written, and lies between guards that nobody may touch."""
-    allocated: list[torch.Tensor] = []
-    empty: Callable[..., torch.Tensor] = torch.empty
-
-    def poisoned(*shape: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-        count = math.prod(shape)
-        buffer = empty(count + 2 * GUARD, dtype=dtype, device=device).fill_(SENTINEL)
-        allocated.append(buffer)
-        return buffer[GUARD : GUARD + count].fill_(math.nan).view(shape)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(torch, "empty", poisoned)
-        yield
-    for buffer in allocated:
-        assert (buffer[:GUARD] == SENTINEL).all() and (buffer[-GUARD:] == SENTINEL).all()
-
-
-def random(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+    yield from guard_allocations(monkeypatch)
 
 
 def assert_near(got: torch.Tensor, expected: torch.Tensor) -> None:

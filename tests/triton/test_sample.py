@@ -38,6 +38,7 @@ from declaim.kernels.noise import (
     triton_noise_bits,
 )
 from declaim.kernels.sample import SampleParams, guided_sample
+from tests.triton.guards import guard_allocations
 
 EOS = 1024
 DIA: tuple[SamplingOp, ...] = (
@@ -72,11 +73,8 @@ GREEDY = replace(PLAIN, temperature=0.0)
 
 
 @pytest.fixture(autouse=True)
-def poisoned_outputs() -> Iterator[None]:
-    """torch.empty then holds the largest int32: a code that nobody wrote is no code."""
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
+def guarded_empty(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    yield from guard_allocations(monkeypatch)
 
 
 def params_of(params: list[ResolvedSampling]) -> SampleParams:
