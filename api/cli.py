@@ -22,6 +22,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
+from declaim.api import serve_options as opt
 from declaim.api.admin_cli import OpenDatabase, add_admin_commands, open_store
 from declaim.api.lexicon_cli import build_lexicon_cli
 from declaim.api.models import build_models_cli, open_default_hub, quantize
@@ -30,14 +31,15 @@ from declaim.api.terminal import StageBars, exit_with, exits_on_error
 from declaim.load.cli import build_bench_cli
 
 if TYPE_CHECKING:
+    from declaim.api.server import ServerOptions
     from declaim.api.serving import SpeechEngine
+    from declaim.api.store.database import Database
     from declaim.engine import AudioChunk, EngineConfig, SpeechRequest
     from declaim.engine.hub import Hub
     from declaim.engine.progress import Progress as ProgressCallback
     from declaim.engine.request import Voice
 
 DEFAULT_MODEL = "lark"
-DType = Literal["auto", "float32", "float16", "bfloat16", "int4"]
 VocoderKind = Literal["inline", "ray"]
 
 
@@ -97,7 +99,7 @@ def build_cli(
         max_seconds: Annotated[float | None, typer.Option(help="The longest audio to make.")] = None,
         speed: Annotated[float, typer.Option(help="1 is the model's own pace.")] = 1.0,
         device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
-        dtype: Annotated[DType, typer.Option(help="The model's arithmetic.")] = "auto",
+        dtype: Annotated[opt.DType, typer.Option(help="The model's arithmetic.")] = "auto",
         vocoder: Annotated[VocoderKind, typer.Option(help="Where audio is decoded.")] = "inline",
     ) -> None:
         """Speak TEXT into a wav file."""
@@ -127,75 +129,37 @@ def build_cli(
 
     @app.command()
     def serve(
-        model: Annotated[str, typer.Option(help="A model's name, hub id or folder.")] = DEFAULT_MODEL,
-        host: Annotated[str, typer.Option(help="The address to listen on.")] = "127.0.0.1",
-        port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8000,
-        vocoder: Annotated[
-            Literal["auto", "ray", "inline"],
-            typer.Option(help="Where audio is decoded: in Ray workers or in this process; auto is ray."),
-        ] = "auto",
-        workers: Annotated[str, typer.Option(help="Ray vocoder workers, fewest:most.")] = "1:2",
-        ray_address: Annotated[str | None, typer.Option(help="A running Ray cluster to join.")] = None,
-        device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
-        dtype: Annotated[DType, typer.Option(help="The model's arithmetic.")] = "auto",
-        memory_gb: Annotated[
-            float | None, typer.Option(help="For weights, codec and KV cache; by default from what is free.")
-        ] = None,
-        offload: Annotated[
-            Literal["auto", "none", "text"],
-            typer.Option(help="Keep a text encoder on the CPU: where the card is too small, never, or always."),
-        ] = "auto",
-        max_batch: Annotated[int, typer.Option(help="Sequences in one step.")] = 32,
-        max_waiting: Annotated[int, typer.Option(help="Sequences that may wait; more are refused.")] = 256,
-        eager: Annotated[bool, typer.Option("--eager", help="On a GPU, no captured graphs: slower, to debug.")] = False,
-        no_auth: Annotated[bool, typer.Option("--no-auth", help="Let everybody in, keys or not.")] = False,
-        database_url: Annotated[
-            str | None,
-            typer.Option(
-                envvar="DECLAIM_DATABASE_URL",
-                help="Keys, voices and usage: sqlite:///PATH or postgresql://USER:PASSWORD@HOST/NAME; by default a "
-                "SQLite file in your data folder.",
-            ),
-        ] = None,
-        max_input_chars: Annotated[int, typer.Option(help="The longest input.")] = 4096,
-        api_workers: Annotated[
-            int, typer.Option(min=1, max=64, help="Processes that answer and encode; they share one engine.")
-        ] = 1,
-        strict: Annotated[bool, typer.Option("--strict", help="Refuse fields that are not known.")] = False,
-        public_listings: Annotated[
-            bool, typer.Option("--public-listings", help="List models and own voices without a key.")
-        ] = False,
-        cors_origin: Annotated[
-            list[str] | None, typer.Option(help="A web page's origin that may call; * is any. Repeatable.")
-        ] = None,
-        cache_dir: Annotated[
-            Path | None, typer.Option(help="Keep answers here, to give them again for the same request.")
-        ] = None,
-        cache_gb: Annotated[float, typer.Option(help="The most that --cache-dir may hold.")] = 1.0,
-        drain_seconds: Annotated[
-            float, typer.Option(min=0.0, help="The longest that running streams hold up a stop.")
-        ] = 25.0,
-        log_level: Annotated[
-            Literal["debug", "info", "warning", "error"], typer.Option(help="The least to log.")
-        ] = "info",
-        log_format: Annotated[Literal["logfmt", "json"], typer.Option(help="How log lines are written.")] = "logfmt",
-        config_file: Annotated[
-            Path | None,
-            typer.Option(
-                "--config",
-                envvar="DECLAIM_SERVE_CONFIG",
-                callback=_take_config,
-                is_eager=True,
-                help="A TOML file with any of these options, such as max_batch = 8. A flag goes before the "
-                "environment, and that before the file.",
-            ),
-        ] = None,
+        model: opt.ModelOption = DEFAULT_MODEL,
+        device: opt.DeviceOption = "auto",
+        dtype: opt.DTypeOption = "auto",
+        memory_gb: opt.MemoryOption = None,
+        offload: opt.OffloadOption = "auto",
+        vocoder: opt.VocoderOption = "auto",
+        workers: opt.VocoderWorkersOption = "1:2",
+        ray_address: opt.RayAddressOption = None,
+        max_batch: opt.MaxBatchOption = 32,
+        max_waiting: opt.MaxWaitingOption = 256,
+        eager: opt.EagerOption = False,
+        host: opt.HostOption = "127.0.0.1",
+        port: opt.PortOption = 8000,
+        no_auth: opt.NoAuthOption = False,
+        database_url: opt.DatabaseUrlOption = None,
+        public_listings: opt.PublicListingsOption = False,
+        cors_origin: opt.CorsOption = None,
+        max_input_chars: opt.MaxInputOption = 4096,
+        strict: opt.StrictOption = False,
+        cache_dir: opt.CacheDirOption = None,
+        cache_gb: opt.CacheSizeOption = 1.0,
+        api_workers: opt.ApiWorkersOption = 1,
+        drain_seconds: opt.DrainOption = 25.0,
+        log_level: opt.LogLevelOption = "info",
+        log_format: opt.LogFormatOption = "logfmt",
+        config_file: opt.ConfigOption = None,
     ) -> None:
         """Serve the OpenAI speech API over HTTP."""
         from declaim.api.logs import set_up_logs
-        from declaim.api.server import ServerOptions, check_open_to, run_server
+        from declaim.api.server import ServerOptions
         from declaim.api.settings import ApiSettings
-        from declaim.api.store.database import StoreUnavailable
         from declaim.engine import EngineConfig
 
         with exits_on_error():
@@ -219,40 +183,18 @@ def build_cli(
                 eager=eager,
                 offload=offload,
             )
-        set_up_logs(logging.getLevelNamesMapping()[log_level.upper()], log_format)
-        listener = _bind(host, port)
-        url = _url_of(listener)
-        body = f'{{"model":"{model}","input":"Hello.","response_format":"wav"}}'
-        curl = f"curl {url}/v1/audio/speech -H 'content-type: application/json' -d '{body}' -o hello.wav"
-        with exits_on_error(), listener:
-            try:
-                database = open_database(database_url)
-                has_keys = check_open_to(host, database, is_open=no_auth)
-            except StoreUnavailable as error:
-                exit_with(error.detail, code=1)
-            print(f"declaim serves {model} at {url} as soon as {url}/ready says so; try: {curl}", flush=True)
-            if no_auth or not has_keys:
-                print(f"It lets everybody in who can reach {host}: {_how_open(no_auth)}", flush=True)
-            options = ServerOptions(settings, is_open=no_auth, drain_s=drain_seconds)
-
-            def load(progress: ProgressCallback) -> SpeechEngine:
-                return factory(model, config, progress)
-
-            if api_workers == 1:
-                failure = run_server(load, listener, database, options, host=host)
-            else:
-                from declaim.api.workers import run_workers
-
-                failure = run_workers(
-                    load,
-                    listener,
-                    database,
-                    options,
-                    host=host,
-                    num_workers=api_workers,
-                    set_up_logs=partial(set_up_logs, logging.getLevelNamesMapping()[log_level.upper()], log_format),
-                )
-            database.close()
+        start_logs = partial(set_up_logs, logging.getLevelNamesMapping()[log_level.upper()], log_format)
+        start_logs()
+        failure = _serve(
+            lambda progress: factory(model, config, progress),
+            ServerOptions(settings, is_open=no_auth, drain_s=drain_seconds),
+            model=model,
+            listener=_bind(host, port),
+            host=host,
+            open_database=lambda: open_database(database_url),
+            num_workers=api_workers,
+            start_logs=start_logs,
+        )
         if failure is not None:
             exit_with(f"the model could not be served: {failure}", code=1)
 
@@ -264,15 +206,43 @@ def main() -> None:
     build_cli()()
 
 
-def _take_config(context: typer.Context, path: Path | None) -> Path | None:
-    """Make a file's settings the defaults of the options, which are read after this one."""
-    if path is not None:
-        from declaim.api.settings import read_config
+def _serve(
+    load: Callable[[ProgressCallback], SpeechEngine],
+    options: ServerOptions,
+    *,
+    model: str,
+    listener: socket.socket,
+    host: str,
+    open_database: Callable[[], Database],
+    num_workers: int,
+    start_logs: Callable[[], None],
+) -> str | None:
+    """Say where the server is and who may come in, and serve until a signal comes; why it could not, if so."""
+    from declaim.api.server import check_open_to, run_server
+    from declaim.api.store.database import StoreUnavailable
 
-        known = {option.name or "" for option in context.command.params} - {"", "config_file", "help"}
-        with exits_on_error():
-            context.default_map = dict(read_config(path, known=known))
-    return path
+    url = _url_of(listener)
+    body = f'{{"model":"{model}","input":"Hello.","response_format":"wav"}}'
+    curl = f"curl {url}/v1/audio/speech -H 'content-type: application/json' -d '{body}' -o hello.wav"
+    with exits_on_error(), listener:
+        try:
+            database = open_database()
+            has_keys = check_open_to(host, database, is_open=options.is_open)
+        except StoreUnavailable as error:
+            exit_with(error.detail, code=1)
+        print(f"declaim serves {model} at {url} as soon as {url}/ready says so; try: {curl}", flush=True)
+        if options.is_open or not has_keys:
+            print(f"It lets everybody in who can reach {host}: {_how_open(options.is_open)}", flush=True)
+        if num_workers == 1:
+            failure = run_server(load, listener, database, options, host=host)
+        else:
+            from declaim.api.workers import run_workers
+
+            failure = run_workers(
+                load, listener, database, options, host=host, num_workers=num_workers, set_up_logs=start_logs
+            )
+        database.close()
+        return failure
 
 
 def _read_text(argument: str) -> str:
