@@ -381,7 +381,9 @@ async def _check_after(world: World) -> None:
         until_s = time.monotonic() + RECOVER_S
         while not (await gauges(world.session, world.url)).get("declaim_vocoder_workers"):
             if time.monotonic() > until_s:
-                ledger.violate(f"{RECOVER_S:g} s after the last fault there is no vocoder worker")
+                told = "event=ray_stuck" in log_of(NAME).read_text(errors="replace")
+                why = "and the log says that the server must be started again" if told else "and the log says nothing"
+                ledger.violate(f"{RECOVER_S:g} s after the last fault there is no vocoder worker, {why}")
                 break
             await asyncio.sleep(0.5)
         for case in world.whole:

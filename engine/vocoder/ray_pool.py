@@ -54,7 +54,7 @@ _CLOSE_TIMEOUT_S = 30.0
 # How often Ray is looked at, and how many times in a row it may not answer.
 _RAY_CHECK_S = 1.0
 _RAY_CHECKS = 2
-_JOIN_TIMEOUT_S = 60.0
+_JOIN_TIMEOUT_S = 120.0
 _FOR_EVER_S = 100_000_000
 _CRASHED = "the vocoder pool's thread crashed: see its traceback in the log, and build a new pool"
 _OBJECT_STORE_BYTES = 90 * 1024 * 1024
@@ -185,6 +185,10 @@ class _Reply:
 _LOAD, _PING = -1, -2  # call numbers of what is not a decode
 
 
+class _RayStuck(EngineError):
+    """Ray neither started nor failed."""
+
+
 class _JoinedRay:
     """The Ray that this process has joined or started: whose it is, and whether it still listens.
 
@@ -195,11 +199,12 @@ class _JoinedRay:
     Workers whose Ray is gone decode on for seconds, but none of them is replaced. So a lost Ray must be noticed before
     that is felt, by what stops at once: the ports of its control service (GCS) and of this machine's raylet.
 
-    Ray that starts waits for a GCS that died. Such a thread is given up with what it holds, until the process ends.
+    Ray that starts waits for a GCS that died, for ever, and what waits so holds up any other Ray of this process. Then
+    there is none until the process is started again.
     """
 
     def __init__(self, options: RayPoolOptions) -> None:
-        """Returns once Ray is joined. Raises: EngineError."""
+        """Returns once Ray is joined. Raises: EngineError; _RayStuck where it is no use to try again."""
         self.is_owned = False  # no: this process had initialised Ray before, so that it is not ours to shut down
         self._ports: dict[str, tuple[str, int]] = {}
         self._checked_at = 0.0
@@ -211,7 +216,10 @@ class _JoinedRay:
         self._thread.start()
         if not self._is_settled.wait(_JOIN_TIMEOUT_S):
             self._is_left.set()
-            raise EngineError(f"Ray was not ready within {_JOIN_TIMEOUT_S:g} s: see /tmp/ray/session_latest/logs")
+            raise _RayStuck(
+                f"Ray did not start within {_JOIN_TIMEOUT_S:g} s and cannot be stopped: start this process again to "
+                "have vocoder workers; see Ray's logs (/tmp/ray/session_latest/logs)"
+            )
         if self._error is not None:
             self._thread.join()
             raise self._error
@@ -498,6 +506,12 @@ class RayVocoderPool:
             return
         try:
             self._join()
+        except _RayStuck as error:
+            _log.error("event=ray_stuck decodes_here=%s cause=%r", self._needs_stand_in, str(error))
+            self._next_start_at = math.inf
+            if not self._needs_stand_in:
+                self._fatal = error
+            return
         except EngineError as error:
             _log.warning("event=ray_not_joined cause=%r", str(error))
             self._on_failed_start(error, time.monotonic())

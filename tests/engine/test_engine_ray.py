@@ -115,3 +115,26 @@ def test_rays_own_death_in_the_middle_of_streams_is_not_heard_and_another_ray_is
         assert not any(thread.name == "declaim-vocoder-stand-in" for thread in threading.enumerate())
         assert stream_all(engine)[0].tobytes() == inline[0].tobytes()
     assert not [child for child in psutil.Process().children() if child.name() in ("raylet", "gcs_server")]
+
+
+@pytest.mark.timeout(300)
+def test_where_another_ray_neither_starts_nor_fails_this_process_decodes_on_and_says_so(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    is_over = threading.Event()
+
+    def wait_for_a_gcs(options: RayPoolOptions) -> None:
+        is_over.wait(200)
+        raise EngineError("the test is over")
+
+    config = EngineConfig(vocoder="ray", vocoder_workers=(1, 1), num_threads=1)
+    with caplog.at_level("ERROR", "declaim.engine.vocoder.ray_pool"), Engine.from_pretrained("lark", config) as engine:
+        undisturbed = stream_all(engine)
+        monkeypatch.setattr(ray_pool, "_JOIN_TIMEOUT_S", 0.5)
+        monkeypatch.setattr(ray_pool, "_start_local_ray", wait_for_a_gcs)
+        (raylet,) = (child for child in psutil.Process().children() if child.name() == "raylet")
+        raylet.kill()
+        wait_until(lambda: "event=ray_stuck decodes_here=True" in caplog.text, timeout_s=60)
+        for expected, audio in zip(undisturbed, stream_all(engine), strict=True):
+            assert expected.tobytes() == audio.tobytes()
+        is_over.set()
