@@ -20,6 +20,7 @@ from declaim.load.workload import Job, Tenant, open_loop
 
 SWEEP_STEPS = 12
 SWEEP_FACTOR = 1.6
+SWEEP_FLOOR = 1 / 16
 SWEEP_PRECISION = 1.08  # the search ends when the rates that hold and do not are this close
 CALM, FLOOD = 0.7, 1.5  # of the highest rate that holds the objective
 MAX_REFUSAL_S = 0.05
@@ -91,7 +92,10 @@ def run(
 
 
 def sweep(target: Target, arrivals: Arrivals, objective: Objective, *, begin_per_s: float) -> list[Run]:
-    """Raise the rate until the objective breaks, then halve the ratio between what holds and what does not."""
+    """Raise the rate until the objective breaks, then halve the ratio between what holds and what does not.
+
+    If nothing holds at a SWEEP_FLOOR of begin_per_s, nothing slower is tried.
+    """
     runs: list[Run] = []
     holds, breaks, rate = 0.0, float("inf"), begin_per_s
     for step in range(SWEEP_STEPS):
@@ -103,6 +107,8 @@ def sweep(target: Target, arrivals: Arrivals, objective: Objective, *, begin_per
             breaks = min(breaks, rate)
         if breaks == float("inf"):
             rate *= SWEEP_FACTOR
+        elif holds == 0.0 and rate <= SWEEP_FLOOR * begin_per_s:
+            break
         elif holds == 0.0:
             rate /= SWEEP_FACTOR
         elif breaks / holds < SWEEP_PRECISION:
@@ -134,14 +140,15 @@ def saturate(
         for i, factor in enumerate((CALM, FLOOD))
     )
     runs = _by_rate([*runs, calm, flood])
-    return runs, _claims(runs, calm=calm, flood=flood, objective=objective)
+    return runs, judge(runs, calm=calm, flood=flood, objective=objective)
 
 
 def _by_rate(runs: Sequence[Run]) -> list[Run]:
     return sorted(runs, key=lambda run: run.offered_per_s or 0.0)
 
 
-def _claims(runs: Sequence[Run], *, calm: Run, flood: Run, objective: Objective) -> list[Claim]:
+def judge(runs: Sequence[Run], *, calm: Run, flood: Run, objective: Objective) -> list[Claim]:
+    """What should hold of a run at CALM and one at FLOOD times the highest rate, and whether it does; runs: all."""
     low, high = calm.summary, flood.summary
     num_dry = sum(
         o.error is None and underruns(o.listener.arrivals, buffer_s=objective.buffer_s).count > 0 for o in calm.outcomes

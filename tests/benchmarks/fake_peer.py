@@ -21,9 +21,9 @@ CHUNK_S = 0.1
 class FakePeer:
     """Sends `num_chunks` of CHUNK_S, the first after first_s, others every_s apart, chunk `stall_at` stall_s later.
 
-    The first `silent_chunks` are silence. refuse: the status of every refuse_each-th answer instead. cut_after: chunks
-    after which the connection breaks. sent: for each stream, when each chunk was handed to the socket
-    (time.perf_counter).
+    The first `silent_chunks` are silence. refuse: the status of every refuse_each-th answer instead. most_streams: more
+    at a time are refused with 503. cut_after: chunks after which the connection breaks. sent: for each stream, when
+    each chunk was handed to the socket (time.perf_counter).
     """
 
     first_s: float = 0.03
@@ -34,6 +34,7 @@ class FakePeer:
     stall_s: float = 0.0
     refuse: int | None = None
     refuse_each: int = 1
+    most_streams: int | None = None
     cut_after: int | None = None
     arrived: list[float] = field(default_factory=list)
     sent: list[list[float]] = field(default_factory=list)
@@ -43,6 +44,7 @@ class FakePeer:
     _loop: asyncio.AbstractEventLoop = field(default_factory=asyncio.new_event_loop)
     _thread: threading.Thread | None = None
     _runner: web.AppRunner | None = None
+    _num_streams: int = 0
 
     def __enter__(self) -> FakePeer:
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
@@ -82,12 +84,16 @@ class FakePeer:
         self.keys.append(request.headers.get("authorization"))
         self.texts.append(body["input"])
         if self.refuse is not None and number % self.refuse_each == 0:
-            return web.json_response(
-                {"error": {"message": "no", "type": "requests", "param": None, "code": "rate_limit_exceeded"}},
-                status=self.refuse,
-                headers={"retry-after": "0.05"},
-            )
-        is_sse = body.get("stream_format") == "sse"
+            return _refusal(self.refuse, "rate_limit_exceeded")
+        if self.most_streams is not None and self._num_streams >= self.most_streams:
+            return _refusal(503, "server_is_overloaded")
+        self._num_streams += 1
+        try:
+            return await self._speak(request, is_sse=body.get("stream_format") == "sse")
+        finally:
+            self._num_streams -= 1
+
+    async def _speak(self, request: web.Request, *, is_sse: bool) -> web.StreamResponse:
         response = web.StreamResponse(headers={"content-type": "text/event-stream" if is_sse else "audio/pcm"})
         sent: list[float] = []
         self.sent.append(sent)
@@ -128,3 +134,8 @@ class FakePeer:
                     await socket.send_bytes(self._chunk(i))
                 await socket.send_json({"type": "session.done"})
         return socket
+
+
+def _refusal(status: int, code: str) -> web.Response:
+    error = {"message": "no", "type": "requests", "param": None, "code": code}
+    return web.json_response({"error": error}, status=status, headers={"retry-after": "0.05"})
