@@ -26,6 +26,7 @@ from declaim.api.schemas import SpeechBody
 from declaim.api.serving import Serving
 from declaim.api.speech import Lexicons, Voices, tempo_of, to_request, voice_name
 from declaim.engine.errors import DeclaimError, EngineError, TooLong
+from declaim.engine.joints import Joint
 from declaim.engine.request import EncodedVoice, FinishReason
 
 logger = logging.getLogger(__name__)
@@ -313,7 +314,9 @@ class LiveSession:
                 lexicon=lexicon,
                 request_id=f"{utterance.request_id}_{index}",
             )
-            return render(engine, request, how, services.workers)
+            # More may follow, so every clause ends as if another came after it.
+            joint = Joint(engine.spec.codec.sample_rate_hz, is_first=index == 0, is_last=False)
+            return render(engine, request, how, services.workers, joint=joint)
 
         status, outcome = 499, "client_gone"
         try:

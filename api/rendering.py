@@ -14,11 +14,13 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
+from numpy.typing import NDArray
 
 from declaim.api.cache import ResultCache, StoredSpeech
 from declaim.api.pipeline import AudioPipeline, in_worker
 from declaim.api.serving import SpeechEngine
 from declaim.engine.errors import DeclaimError
+from declaim.engine.joints import Joint
 from declaim.engine.request import AudioChunk, FinishReason, SpeechRequest, Word
 
 _SILENCE_S = 0.2
@@ -76,30 +78,34 @@ def is_speakable(text: str) -> bool:
 
 
 async def render(
-    engine: SpeechEngine, request: SpeechRequest, how: Rendering, workers: Executor
+    engine: SpeechEngine, request: SpeechRequest, how: Rendering, workers: Executor, *, joint: Joint | None = None
 ) -> AsyncGenerator[Part, None]:
-    """Speak a request; closing the generator cancels it.
+    """Speak a request; closing the generator cancels it. joint: how it follows on another request's audio.
 
     Raises: what `Engine.astream` raises.
     """
+    joint = joint or Joint(engine.spec.codec.sample_rate_hz, is_first=True, is_last=True)
     chunks = engine.astream(request) if is_speakable(request.text) else _silence(engine, request)
     pipeline: AudioPipeline | None = None
+    waiting: list[Word] = []
     async with aclosing(chunks):
         try:
             async for chunk in chunks:
                 if pipeline is None:
                     rate_hz = chunk.sample_rate_hz
                     pipeline = await in_worker(workers, lambda rate_hz=rate_hz: _pipeline(how, rate_hz))
-                data = await in_worker(workers, _encode, pipeline, chunk)
+                audio = joint.feed(chunk.audio, is_end=chunk.is_last)
+                waiting += chunk.words
+                words, waiting = (waiting, []) if joint.has_begun else ([], waiting)
+                data = await in_worker(workers, _encode, pipeline, audio, chunk.is_last)
                 if chunk.is_last:
                     await anext(chunks, None)  # the engine's own end: what is closed before it counts as cancelled
-                generated_s = len(chunk.audio) / chunk.sample_rate_hz
                 yield Part(
                     data=data,
-                    words=tuple(_at_tempo(word, how.tempo) for word in chunk.words),
+                    words=tuple(_heard(word, joint, how.tempo) for word in words),
                     num_frames=chunk.num_frames,
-                    audio_s=generated_s / how.tempo,
-                    generated_s=generated_s,
+                    audio_s=len(audio) / chunk.sample_rate_hz / how.tempo,
+                    generated_s=len(chunk.audio) / chunk.sample_rate_hz,
                     finish_reason=chunk.finish_reason or "stop" if chunk.is_last else None,
                 )
         finally:
@@ -113,13 +119,13 @@ def _pipeline(how: Rendering, source_rate_hz: int) -> AudioPipeline:
     )
 
 
-def _encode(pipeline: AudioPipeline, chunk: AudioChunk) -> bytes:
-    data = pipeline.feed(chunk.audio)
-    return data + pipeline.finish() if chunk.is_last else data
+def _encode(pipeline: AudioPipeline, audio: NDArray[np.float32], is_last: bool) -> bytes:
+    data = pipeline.feed(audio)
+    return data + pipeline.finish() if is_last else data
 
 
-def _at_tempo(word: Word, tempo: float) -> Word:
-    return word if tempo == 1.0 else Word(word.text, word.start_s / tempo, word.end_s / tempo)
+def _heard(word: Word, joint: Joint, tempo: float) -> Word:
+    return Word(word.text, joint.heard_s(word.start_s) / tempo, joint.heard_s(word.end_s) / tempo)
 
 
 async def _silence(engine: SpeechEngine, request: SpeechRequest) -> AsyncGenerator[AudioChunk, None]:
