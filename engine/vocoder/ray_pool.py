@@ -838,6 +838,8 @@ def _connect(options: RayPoolOptions) -> bool:
     # ends this process, which Ray does after a minute: the pool notices sooner, but not while Ray starts.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    # Ray's GCS keeps the last 100,000 calls for a dashboard that is not there.
+    os.environ.setdefault("RAY_task_events_report_interval_ms", "0")
     os.environ.setdefault("RAY_gcs_rpc_server_reconnect_timeout_s", str(_FOR_EVER_S))
     if options.address is not None:
         _check_cluster(options.address)
