@@ -6,7 +6,7 @@ connection, half reset it. After --warm-up streams, which set up what later ones
 the server is left alone until it is idle, and its memory, threads and file handles are noted.
 
 What must hold: no block, stream, window, connection or request is left; threads and handles are as many as after the
-warm-up; memory no more than --growth MB above it.
+warm-up, but for pools; memory is no more than --growth MB above it.
 
     python benchmarks/dropped.py [--streams 500] [--clients 16] [--vocoder ray|inline] [--growth 12]
 """
@@ -37,6 +37,8 @@ POINTS = ("before", "within", "after")
 STREAMS_PER_ROUND = 100
 MOST_WAIT_S = 0.4  # before a drop that comes before the first byte
 SETTLE_S = 20.0
+# Pools that grow with the crowd they once had and stay so: worker threads, connections to the database.
+SLACK = {"threads": 4, "handles": 16}
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,8 +197,8 @@ def faults_of(left: list[Left], *, most_growth_mb: float) -> list[str]:
     """What is wrong: the end against the end of the warm-up."""
     begin, end = left[0], left[-1]
     faults = [f"{name} is left: {value:g}" for name, value in end.gauges.items()]
-    for name in ("threads", "handles"):
-        if getattr(end, name) > getattr(begin, name):
+    for name, slack in SLACK.items():
+        if getattr(end, name) > getattr(begin, name) + slack:
             faults.append(f"{name}: {getattr(begin, name)} after the warm-up, {getattr(end, name)} at the end")
     if end.rss_mb - begin.rss_mb > most_growth_mb:
         faults.append(f"memory grew by {end.rss_mb - begin.rss_mb:.1f} MB over {end.num_streams} streams")
@@ -206,7 +208,7 @@ def faults_of(left: list[Left], *, most_growth_mb: float) -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--streams", type=int, default=500)
-    parser.add_argument("--warm-up", type=int, default=100, help="streams dropped before these")
+    parser.add_argument("--warm-up", type=int, default=300, help="streams dropped before these")
     parser.add_argument("--clients", type=int, default=16)
     parser.add_argument("--vocoder", choices=("ray", "inline"), default="ray")
     parser.add_argument("--growth", type=float, default=12.0, help="MB of memory that are no leak")
