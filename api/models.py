@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 EMBEDDED_NAME = "lark"
 FAMILIES = {"dia": "dia", "lark": "lark", "dac": "dac (codec)"}
+PARTS_AFTER_THE_MODEL = ("codec", "speaker encoder")  # as the loader lists a model's repositories
 _ELEMENT_BITS = {"F64": 64, "F32": 32, "F16": 16, "BF16": 16, "I64": 64, "I32": 32, "U32": 32, "I8": 8, "U8": 8}
 _PRECISIONS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
@@ -145,7 +146,7 @@ def _print_parts(repos: tuple[HubRepo, ...], hub: Hub) -> None:
         sizes: Counter[str] = Counter()
         fetched: Counter[str] = Counter()
         for file in repo.files:
-            part = "codec" if index > 0 else _part_of(file.path)
+            part = _part_of(file.path) if index == 0 else PARTS_AFTER_THE_MODEL[index - 1]
             parts.setdefault(part, []).append(file.path)
             sizes[part] += file.size
             fetched[part] += file.size if file.path in missing else 0

@@ -112,7 +112,7 @@ def _prepare(run: Run, precision: str) -> None:
     run.say(f"a random Dia is there after {time.perf_counter() - begin:.1f} s")
     with _open_dia(folder, precision, max_batch=max(run.batches)) as speaking:
         for batch in run.batches[-1:] if run.quick else run.batches:
-            speaking.generate(_requests(batch, 2), progress=False)
+            speaking.generate(_requests(run, batch, 2), progress=False)
     run.say(f"loaded, compiled and captured after {time.perf_counter() - begin:.1f} s")
 
 
@@ -146,12 +146,12 @@ def _time_dia(run: Run, precision: str) -> None:
                 f"{precision} {batch:4d} requests: {us:8.0f} us a step, {us / floor_us:.2f} x its byte floor,"
                 f" real-time factor {rtf:.3f}"
             )
-        speaking.generate(_requests(max(run.batches), 2), progress=False)
+        speaking.generate(_requests(run, max(run.batches), 2), progress=False)
         engines: dict[str, Any] = {}
         for batch in run.batches:
             clock = ReplayClock(runner, batch)
             begin = time.perf_counter()
-            results = speaking.generate(_requests(batch, frames), progress=False)
+            results = speaking.generate(_requests(run, batch, frames), progress=False)
             wall_s = time.perf_counter() - begin
             clock.stop()
             audio_s = sum(len(r.codes) for r in results) / random_dia.FRAME_RATE_HZ
@@ -175,7 +175,7 @@ def time_transformers(run: Run) -> None:
         model: Any = DiaForConditionalGeneration.from_pretrained(folder, dtype=torch.bfloat16).to(DEVICE).eval()
         processor: Any = DiaProcessor.from_pretrained(folder)
         for batch in (batch for batch in (1, 64) if batch <= max(run.batches)):
-            texts = [request.text for request in _requests(batch, frames)]
+            texts = [request.text for request in _requests(run, batch, frames)]
             inputs = _inputs(processor, size, texts)
             model.generate(**inputs, generation_config=_generation(size, 4))
             synchronize()
@@ -239,10 +239,10 @@ def _time_zonos(run: Run, family: str) -> None:
         plan=plan,
     ) as speaking:
         for batch in (most,) if run.quick else (1, most):
-            speaking.generate(_requests(batch, 2, words=""), progress=False)
+            speaking.generate(_requests(run, batch, 2, words=""), progress=False)
         run.say(f"{parts.name}: made, compiled and captured in {time.perf_counter() - begin:.1f} s")
         for batch in (1, most):
-            requests = _requests(batch, frames, words="")
+            requests = _requests(run, batch, frames, words="")
             begin = time.perf_counter()
             results = speaking.generate(requests, progress=False)
             wall_s = time.perf_counter() - begin
@@ -261,14 +261,12 @@ def _time_zonos(run: Run, family: str) -> None:
 
 def _watch_memory(run: Run, speaking: Engine, before: int, *, planned: int, words: str) -> None:
     """A round of requests of many lengths to warm up on, then others: growth, and the plan's share that is used."""
-    count, longest = (1, 3) if run.quick else (32, 400)
+    count, longest, most_words = (1, 3, 2) if run.quick else (32, 400, 20)
     random = np.random.default_rng(0)
 
     def requests() -> list[SpeechRequest]:
         lengths = random.integers(1, longest, size=count)
-        return [
-            replace(_requests(1, int(n), words=words)[0], text=f"{words}{'word ' * (1 + int(n) % 20)}") for n in lengths
-        ]
+        return [_request(words + "word " * (1 + int(n) % most_words), int(n)) for n in lengths]
 
     speaking.generate(requests(), progress=False)
     synchronize()
@@ -399,6 +397,9 @@ def _replay_us(runner: GraphRunner, batch: int) -> float:
     context = min(STEP_CONTEXT, (count - 1) * runner.block_size)
     blocks = torch.randint(0, runner.num_blocks, (2 * bucket, count), device=DEVICE, dtype=torch.int32)
     with torch.inference_mode():
+        for caches in (*runner._runner.caches, *runner._runner.cross_caches):
+            for cache in caches:
+                cache.zero_()  # what was never written may be NaN, of which nothing is drawn
         lanes.tables.zero_()[:, :count] = blocks
         lanes.seats.fill_(seats.nobody)
         lanes.seats[:batch] = torch.arange(batch, device=DEVICE)
@@ -453,8 +454,9 @@ def _generation(size: DiaSize, frames: int) -> Any:
     )
 
 
-def _requests(count: int, frames: int, *, words: str = "[S1] ") -> list[SpeechRequest]:
-    return [_request(words + text_of_length(TEXT_LEN, skip=i), frames) for i in range(count)]
+def _requests(run: Run, count: int, frames: int, *, words: str = "[S1] ") -> list[SpeechRequest]:
+    num_chars = 8 if run.quick else TEXT_LEN
+    return [_request(words + text_of_length(num_chars, skip=i), frames) for i in range(count)]
 
 
 def _request(text: str, frames: int) -> SpeechRequest:

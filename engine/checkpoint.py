@@ -59,6 +59,7 @@ class Checkpoint:
     # Class-wide, so that a checkpoint without files need not set them.
     _recipe: Int4Recipe | None = None
     _stored_groups: Mapping[str, int] = {}
+    _mapped: frozenset[int] = frozenset()  # addresses of what was handed out as it lies in a file
 
     def __init__(
         self,
@@ -97,7 +98,9 @@ class Checkpoint:
         """Hand out a tensor in the checkpoint's target dtype and device. Raises: ModelLoadError."""
         tensor = take_tensor(self._tensors, name, shape=shape, path=self.folder)
         taken = tensor.to(device=self._device, dtype=self._dtype)
-        if taken is not tensor:
+        if taken is tensor:
+            self._mapped |= {tensor.data_ptr()}
+        else:
             release_pages(tensor)
         self.weight_bytes += taken.numel() * taken.element_size()
         self._taken.add(tensor.nbytes)
@@ -116,14 +119,27 @@ class Checkpoint:
         group_size = self._group_size(parts, num_in)
         if group_size is None:
             weights = [self._take_dense(name, (size, num_in)) for name, size in parts]
-            dense = weights[0] if len(weights) == 1 else torch.cat(weights)
-            return pack_linear(dense.roll(num_out // 2, 0) if is_gate_last else dense, bias=biases)
+            dense = weights[0]
+            if len(weights) > 1:
+                dense = torch.cat(weights)
+                self._drop(weights)
+            packed = pack_linear(dense.roll(num_out // 2, 0) if is_gate_last else dense, bias=biases)
+            self._drop(weights)
+            return packed
         quantized = concatenate_outputs([self._take_int4(name, (size, num_in), group_size) for name, size in parts])
         if is_gate_last:
             quantized = _swap_halves(quantized)
         weight = lay_out_int4(quantized, dtype=self._dtype, device=self._device)
         self.weight_bytes += weight.num_bytes
         return Linear(weight, biases, num_out, is_packed=False)
+
+    def _drop(self, copied: list[torch.Tensor]) -> None:
+        """Give back the memory of tensors that were copied. Pages of a file can be read again, if ever; memory that is
+        not a file's would be lost to whoever else holds it."""
+        for tensor in copied:
+            if tensor.data_ptr() in self._mapped:
+                release_pages(tensor)
+        copied.clear()
 
     def _group_size(self, parts: Sequence[tuple[str, int]], num_in: int) -> int | None:
         """The group size that all parts of a layer have; None makes it dense."""

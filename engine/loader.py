@@ -19,7 +19,7 @@ from declaim.engine.integrity import half_written
 from declaim.engine.models.base import SpeechModel
 from declaim.engine.parts import is_zonos
 from declaim.engine.progress import Progress, ignore_progress
-from declaim.engine.safetensors_io import read_json
+from declaim.engine.safetensors_io import freed_at_once, read_json
 from declaim.engine.spec import CodecSpec
 from declaim.engine.threads import one_thread
 
@@ -154,7 +154,7 @@ def load_model(
             done, of = codec_bytes + done * model_bytes // max(of, 1), total
         progress(stage, done, of)
 
-    with one_thread():
+    with one_thread(), freed_at_once():
         progress("read", 0, total)
         codec = load_codec(recipe)
         progress("read", codec_bytes, total)

@@ -6,11 +6,12 @@ names the file and the remedy. Never knows what the tensors mean, never download
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import json
 import mmap
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -19,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from declaim.engine.errors import ModelLoadError
 
 _FETCH_AGAIN = "copy or download the checkpoint again"
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
 WEIGHT_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
@@ -133,6 +135,25 @@ def release_pages(tensor: torch.Tensor) -> None:
     last = (tensor.data_ptr() + tensor.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
     if last > first:
         ctypes.CDLL(None).madvise(ctypes.c_void_p(first), ctypes.c_size_t(last - first), mmap.MADV_DONTNEED)
+
+
+@contextlib.contextmanager
+def freed_at_once() -> Iterator[None]:
+    """While a model is loaded, give back what a tensor took as soon as it is freed.
+
+    glibc learns from each large block that is freed to keep the next ones: of tensors converted one by one it would
+    hold some 100 MB. Afterwards it keeps what a step uses again and again, and gives back the largest, as of windows.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # glibc's
+    if mallopt is None:
+        yield
+        return
+    mallopt(_M_MMAP_THRESHOLD, 1 << 17)
+    try:
+        yield
+    finally:
+        mallopt(_M_MMAP_THRESHOLD, 8 << 20)
+        mallopt(_M_TRIM_THRESHOLD, 16 << 20)
 
 
 def refuse_leftovers(tensors: Mapping[str, torch.Tensor], path: Path) -> None:

@@ -19,9 +19,9 @@ from safetensors.numpy import save
 from typer.testing import CliRunner, Result
 
 from declaim.api.cli import build_cli
-from declaim.api.models import _family
+from declaim.api.models import _family, _print_parts
 from declaim.engine import InvalidConfig
-from declaim.engine.hub import Hub
+from declaim.engine.hub import Hub, HubFile, HubRepo
 from declaim.engine.progress import Progress
 from tests.api.fake_engine import eventually
 from tests.fake_hub import FakeHub, FakeRepo, serve_hub
@@ -77,6 +77,22 @@ def test_pull_names_every_part_and_says_where_it_put_them(hub: Hub) -> None:
     assert "5 files" in last and "verified" in last and str(hub.cache) in last
     assert re.search(r"2\.0 MB +0 bytes", row(invoke(hub, "pull", NAME), "weights"))
     assert "README.md" in row(invoke(hub, "pull", NAME, "--all"), "other")
+
+
+def test_a_zonos_has_a_speaker_encoder_beside_its_codec(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    repos = tuple(
+        HubRepo(name, "0" * 40, (HubFile(path, 3_000_000, None, None),))
+        for name, path in (
+            ("org/zonos", "model.safetensors"),
+            ("org/codec", "model.safetensors"),
+            ("org/voice", "a.pt"),
+        )
+    )
+    _print_parts(repos, Hub("http://127.0.0.1:9", tmp_path))
+    printed = capsys.readouterr().out
+    assert re.search(r"^weights +org/zonos +3\.0 MB +3\.0 MB", printed, re.MULTILINE)
+    assert re.search(r"^codec +org/codec", printed, re.MULTILINE)
+    assert re.search(r"^speaker encoder +org/voice +3\.0 MB", printed, re.MULTILINE)
 
 
 def test_list_and_verify_and_rm(hub: Hub) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import re
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -67,6 +69,50 @@ def test_serving_takes_no_more_memory_than_after_the_warm_up(folder: Path) -> No
         results = engine.generate(requests(12, seed=1), progress=False)
         assert peak.end() - before < MOST_GROWTH
     assert all(result.error is None for result in results)
+
+
+LENGTHS = """
+import os, sys
+from pathlib import Path
+import torch
+from declaim.engine.codec.base import CodecRecipe
+from declaim.engine.codec.load import load_codec
+
+def resident():
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+torch.set_num_threads(1)
+codec = load_codec(CodecRecipe(kind="dac", folder=sys.argv[1], dtype="float32", device="cpu"))
+
+def decode(length):
+    codes = torch.randint(0, codec.spec.codebook_size, (1, codec.spec.num_codebooks, length))
+    codec.decode(codes, first=0, last=length - 10)
+
+for length in (24, 48, 76, 130):  # what a stream repeats
+    decode(length)
+before = resident()
+grown = []
+for length in range(30, 70):
+    decode(length)
+    grown.append(resident() - before)
+print(max(grown), grown[-1] - grown[len(grown) // 2])
+"""
+
+
+def test_windows_of_every_length_leave_nothing_behind(folder: Path) -> None:
+    """oneDNN compiles some thirty programs for each length, 2 MB of them."""
+    environment = {name: value for name, value in os.environ.items() if "ONEDNN" not in name}
+    done = subprocess.run(
+        [sys.executable, "-c", LENGTHS, str(folder / "codec")],
+        capture_output=True,
+        text=True,
+        timeout=250,
+        check=True,
+        env=environment | {"OMP_NUM_THREADS": "1"},
+    )
+    most, late = map(int, done.stdout.split())
+    assert most < MOST_GROWTH
+    assert late < 20e6  # it does not go on
 
 
 def test_the_plan_is_made_before_a_weight_is_read_and_kept(folder: Path) -> None:

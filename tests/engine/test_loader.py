@@ -6,7 +6,6 @@ import json
 import shutil
 import subprocess
 import sys
-from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -155,8 +154,7 @@ def test_loading_tells_how_much_is_read(folder: Path) -> None:
     assert {(stage, total) for stage, _, total in told} == {("read", sum(sizes))}
     done = [done for _, done, _ in told]
     assert done[0] == 0 and done == sorted(done) and done[-1] == sum(sizes)
-    # The codec is read in one go, and no part of the model is silent for long.
-    assert max(later - earlier for earlier, later in pairwise(done[2:])) < sizes[0] / 3
+    assert len(set(done)) > 20  # the model's part tensor by tensor
 
 
 def test_quantizing_while_loading_tells_how_far_it_is(folder: Path) -> None:
@@ -173,26 +171,33 @@ import re, sys
 from pathlib import Path
 import torch
 from declaim.engine.checkpoint import Checkpoint
+from declaim.engine.safetensors_io import freed_at_once
 
 def host_bytes(name):
     return 1024 * int(re.search(name + r":\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
 
+torch.set_num_threads(1)
+dtype = getattr(torch, sys.argv[2])
 Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts again from here
 before = host_bytes("VmRSS")
-weights = Checkpoint(Path(sys.argv[1]), dtype=torch.bfloat16, device=torch.device("cpu"))
-kept = [weights.take(f"layer.{i}", [1024, 1024]) for i in range(64)]
-print((host_bytes("VmHWM") - before) / weights.weight_bytes)
+weights = Checkpoint(Path(sys.argv[1]), dtype=dtype, device=torch.device("cpu"))
+with torch.inference_mode(), freed_at_once():
+    kept = [weights.take_linear([(f"layer.{i}", 1024)], 1024) for i in range(80)]
+print((host_bytes("VmHWM") - before) / weights.weight_bytes, (host_bytes("VmRSS") - before) / weights.weight_bytes)
 """
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="measures with Linux's /proc")
-def test_converting_while_reading_holds_the_model_once(tmp_path: Path) -> None:
-    """A float32 checkpoint of 268 MB becomes 134 MB of bfloat16, never more than 1.2 times that in memory."""
-    save_file({f"layer.{i}": torch.full((1024, 1024), float(i)) for i in range(64)}, tmp_path / "model.safetensors")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_loading_holds_the_model_once(tmp_path: Path, dtype: str) -> None:
+    """A float32 checkpoint of 336 MB, as it is or as bfloat16: never more than 1.2 times what is kept, and no page of
+    the file afterwards."""
+    save_file({f"layer.{i}": torch.full((1024, 1024), float(i)) for i in range(80)}, tmp_path / "model.safetensors")
     done = subprocess.run(
-        [sys.executable, "-c", PEAK, str(tmp_path)], capture_output=True, text=True, timeout=60, check=True
+        [sys.executable, "-c", PEAK, str(tmp_path), dtype], capture_output=True, text=True, timeout=120, check=True
     )
-    assert 1.0 <= float(done.stdout) < 1.2
+    peak, after = map(float, done.stdout.split())
+    assert 0.95 <= after <= peak < 1.2
 
 
 def test_no_memory_names_a_budget_that_then_starts(folder: Path) -> None:
