@@ -23,8 +23,8 @@ from pause import wait_while_paused
 from teacher import SPEAKERS, Teacher
 
 UTTERANCES = 250
-# Half of what is spoken is the first voice, which newcomers hear.
-_TURNS = (0, 1, 0, 2)
+# Who speaks the shards, by how many speakers there are. The first is the voice that newcomers hear.
+_TURNS = {1: (0,), 2: (0, 1), 3: (0, 1, 0, 2)}
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -38,11 +38,13 @@ class Utterance:
     held_out: bool
 
 
-def make_shards(folder: Path, count: int, *, sentences: Path, workers: int, size: int = UTTERANCES) -> Iterator[Path]:
-    """Make the shards 0 .. count - 1 that `folder` lacks; yields each as it is done."""
+def make_shards(
+    folder: Path, count: int, *, speakers: int, sentences: Path, workers: int, size: int = UTTERANCES
+) -> Iterator[Path]:
+    """Make the shards 0 .. count - 1 that `folder` lacks, of the first `speakers`; yields each as it is done."""
     folder.mkdir(parents=True, exist_ok=True)
     missing = [i for i in range(count) if not shard_path(folder, i).exists()]
-    make = partial(_make_shard, folder, sentences=sentences, size=size)
+    make = partial(_make_shard, folder, turns=_TURNS[speakers], sentences=sentences, size=size)
     if workers < 2:
         yield from map(make, missing)
         return
@@ -55,11 +57,11 @@ def shard_path(folder: Path, index: int) -> Path:
     return folder / f"shard-{index:05d}.npz"
 
 
-def _make_shard(folder: Path, index: int, *, sentences: Path, size: int) -> Path:
+def _make_shard(folder: Path, index: int, *, turns: tuple[int, ...], sentences: Path, size: int) -> Path:
     phonemizer, teacher = front_end(), Teacher()
-    speaker = _TURNS[index % len(_TURNS)]
+    speaker = turns[index % len(turns)]
     # Each speaker reads its own stretch of one endless shuffled text.
-    turn = index // len(_TURNS) * _TURNS.count(speaker) + _TURNS[: index % len(_TURNS)].count(speaker)
+    turn = index // len(turns) * turns.count(speaker) + turns[: index % len(turns)].count(speaker)
     lines = islice(texts(sentences, seed=speaker), turn * size, (turn + 1) * size)
     utterances = []
     for number, line in enumerate(lines):
@@ -76,10 +78,11 @@ def _make_shard(folder: Path, index: int, *, sentences: Path, size: int) -> Path
                     is_held_out(line),
                 )
             )
-    return _write(shard_path(folder, index), utterances)
+    return write_shard(shard_path(folder, index), utterances)
 
 
-def _write(path: Path, utterances: Sequence[Utterance]) -> Path:
+def write_shard(path: Path, utterances: Sequence[Utterance]) -> Path:
+    """Whole or not at all; returns `path`."""
     partial_path = path.with_suffix(".partial")
     with partial_path.open("wb") as file:
         np.savez(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +18,6 @@ from declaim.engine.codec.lark import LarkCodec
 
 def encode_shards(audio: Path, codes: Path, codec_folder: Path) -> Iterator[Path]:
     """Encode the shards that `codes` lacks; yields each as it is done."""
-    codes.mkdir(parents=True, exist_ok=True)
     codec = LarkCodec.load(CodecRecipe(kind="lark", folder=str(codec_folder)), with_encoder=True)
     for path in shards(audio):
         target = codes_path(codes, path)
@@ -28,15 +27,21 @@ def encode_shards(audio: Path, codes: Path, codec_folder: Path) -> Iterator[Path
                 wait_while_paused()
                 samples = torch.from_numpy(utterance.audio).float() / 32767
                 encoded.append(codec.encode(samples).t().numpy().astype(np.int16))
-            partial = target.with_suffix(".partial")
-            with partial.open("wb") as file:
-                np.savez(file, codes=np.concatenate(encoded), num_frames=[len(frames) for frames in encoded])
-            os.replace(partial, target)
+            write_codes(target, encoded)
             yield target
 
 
 def codes_path(folder: Path, shard: Path) -> Path:
     return folder / shard.name
+
+
+def write_codes(path: Path, utterances: Sequence[NDArray[np.int16]]) -> None:
+    """Whole or not at all; int16 [num_frames, Q] for each utterance."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    with partial.open("wb") as file:
+        np.savez(file, codes=np.concatenate(utterances), num_frames=[len(frames) for frames in utterances])
+    os.replace(partial, path)
 
 
 def read_codes(path: Path) -> list[NDArray[np.int16]]:

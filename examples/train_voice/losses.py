@@ -16,6 +16,8 @@ from declaim.engine.codec.lark import slaney_mel_filters
 RESOLUTIONS = ((2048, 512, 80), (1024, 256, 80), (512, 128, 40), (256, 64, 20))  # n_fft, hop, mels
 PERIODS = (2, 3, 5, 7, 11)
 FLOOR = 1e-4
+LEVEL = 0.1  # of speech, about: what the discriminators of samples hear has a level of 1
+SLOPE = 0.1  # of leaky ReLU
 
 
 class SpectralLoss(nn.Module):
@@ -50,9 +52,10 @@ class PeriodDiscriminator(nn.Module):
             nn.Conv2d(i, o, (5, 1), stride=(3, 1), padding=(2, 0)) for i, o in zip(ins, widths, strict=True)
         )
         self.out = nn.Conv2d(widths[-1], 1, (3, 1), padding=(1, 0))
+        _begin(self)
 
     def forward(self, audio: torch.Tensor) -> list[torch.Tensor]:
-        audio = audio[:, : audio.shape[1] // self.period * self.period]
+        audio = audio[:, : audio.shape[1] // self.period * self.period] / LEVEL
         return _features(audio.view(len(audio), 1, -1, self.period), self.layers, self.out)
 
 
@@ -73,6 +76,7 @@ class BandDiscriminator(nn.Module):
             for _ in self.bands
         )
         self.outs = nn.ModuleList(nn.Conv2d(width, 1, 3, padding=1) for _ in self.bands)
+        _begin(self)
         self.register_buffer("window", torch.hann_window(n_fft), persistent=False)
 
     def forward(self, audio: torch.Tensor) -> list[torch.Tensor]:
@@ -85,10 +89,24 @@ class BandDiscriminator(nn.Module):
         return found
 
 
+def _begin(judge: nn.Module) -> None:
+    """Weights that keep the level from layer to layer; torch's own lose most of it, and then nothing is learned.
+
+    Verdicts begin near 0.
+    """
+    for layer in judge.modules():
+        if isinstance(layer, nn.Conv2d):
+            nn.init.kaiming_normal_(layer.weight, a=SLOPE)
+            nn.init.zeros_(layer.bias)
+            if layer.out_channels == 1:
+                with torch.no_grad():
+                    layer.weight.mul_(0.1)
+
+
 def _features(x: torch.Tensor, layers: nn.ModuleList, out: nn.Module) -> list[torch.Tensor]:
     features = []
     for layer in layers:
-        x = F.leaky_relu(layer(x), 0.1)
+        x = F.leaky_relu(layer(x), SLOPE)
         features.append(x)
     return [*features, out(x)]
 

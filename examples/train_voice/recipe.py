@@ -6,6 +6,8 @@ Every stage goes on from where it was cut off; run the same command again. What 
 The stages: data, codec, encode, model, export, report.
 
     --init engine/assets/lark   go on from a voice: its codes stay as they are, its decoder and code model learn on
+    --speakers 2                the first two of lark, rook, wren; all three if left out
+    --minutes 90                end either training after so long, its learning rate timed for that
     --tiny                      toy sizes, a minute on one core: that the recipe runs, not that the voice speaks
     TRAIN_VOICE_PAUSE=FILE      sleep while FILE exists
 
@@ -15,6 +17,7 @@ Needs `pip install declaim[train]`.
 from __future__ import annotations
 
 import argparse
+import math
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -41,6 +44,7 @@ class Plan:
 
     num_shards: int
     shard_size: int
+    num_speakers: int
     codec: CodecSettings
     model: ModelSettings
 
@@ -49,8 +53,20 @@ def plan_of(args: argparse.Namespace) -> Plan:
     plan = Plan(
         num_shards=args.shards,
         shard_size=250,
-        codec=CodecSettings(steps=args.codec_steps, init=args.init and args.init / "codec", device=args.device),
-        model=ModelSettings(steps=args.model_steps, init=args.init, device=args.device),
+        num_speakers=args.speakers,
+        codec=CodecSettings(
+            steps=args.codec_steps,
+            minutes=args.minutes,
+            init=args.init and args.init / "codec",
+            device=args.device,
+        ),
+        model=ModelSettings(
+            steps=args.model_steps,
+            minutes=args.minutes,
+            init=args.init,
+            device=args.device,
+            shape=ModelShape(NAMES[: args.speakers]),
+        ),
     )
     return _tiny(plan) if args.tiny else plan
 
@@ -65,8 +81,10 @@ def _tiny(plan: Plan) -> Plan:
         head_dim=64,
         intermediate_size=128,
     )
-    model = ModelShape(NAMES, codebook_size=codec.codebook_size, encoder=stack, decoder=stack)
+    names = plan.model.shape.speakers
+    model = ModelShape(names, codebook_size=codec.codebook_size, encoder=stack, decoder=stack)
     return Plan(
+        num_speakers=plan.num_speakers,
         num_shards=4,
         shard_size=8,
         codec=replace(plan.codec, steps=12, batch=2, window=24, adversarial_from=6, shape=codec, init=None),
@@ -82,7 +100,12 @@ def run(stages: tuple[str, ...], work: Path, plan: Plan, *, sentences: Path, wor
         match stage:
             case "data":
                 made = make_shards(
-                    work / "data", plan.num_shards, sentences=sentences, workers=workers, size=plan.shard_size
+                    work / "data",
+                    plan.num_shards,
+                    speakers=plan.num_speakers,
+                    sentences=sentences,
+                    workers=workers,
+                    size=plan.shard_size,
                 )
                 for path in made:
                     print(path.name, flush=True)
@@ -118,12 +141,16 @@ def main() -> None:
     parser.add_argument("--shards", type=int, default=160, help="of 250 sentences, 12 minutes of speech each")
     parser.add_argument("--codec-steps", type=int, default=20_000)
     parser.add_argument("--model-steps", type=int, default=20_000)
+    parser.add_argument("--minutes", type=float, default=math.inf, help="of either training, if its steps take longer")
+    parser.add_argument("--speakers", type=int, choices=range(1, len(NAMES) + 1), default=len(NAMES))
     parser.add_argument("--workers", type=int, default=1, help="processes that make speech")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--device", type=torch.device, default=torch.device("cpu"), help="of training: cpu or cuda")
     args = parser.parse_args()
     if not args.sentences.is_file():
         parser.error(f"--sentences {args.sentences} is no file: name a text file with a sentence a line")
+    if args.minutes <= 0:
+        parser.error(f"--minutes {args.minutes:g} is no time: name more than 0, or leave it out")
     torch.set_num_threads(args.threads)
     keep_freed_memory()
     target = args.export or args.work / "lark"

@@ -17,14 +17,20 @@ from encode import codes_path, read_codes
 from losses import SpectralLoss, discriminator_loss, discriminators, generator_loss
 
 CPU = torch.device("cpu")
+HEARD_AFTER = 6  # frames of a window that are its left context
+JUDGED_FRAMES = 12
 REVIVE_EVERY = 50  # steps over which a codebook's row must be chosen at least once
 
 
 @dataclass(frozen=True, slots=True)
 class CodecSettings:
-    """steps: of the optimizer. batch: windows of `window` frames. init: a codec's folder; its codes are kept."""
+    """steps, minutes: the end, whichever comes first. batch: windows of `window` frames.
+
+    init: a codec's folder; its codes are kept.
+    """
 
     steps: int
+    minutes: float = math.inf
     batch: int = 8
     window: int = 40
     adversarial_from: int = 50
@@ -68,8 +74,8 @@ def train_codec(shards: Path, codes: Path | None, work: Path, settings: CodecSet
     if run.step == 0 and not settings.init:
         _start_codebooks(codec, windows, settings.device)
     used = torch.zeros(codec.shape.num_codebooks, codec.shape.codebook_size, dtype=torch.bool)
-    while run.step < settings.steps:
-        rate = learning_rate(run.step, settings.steps, settings.peak_learning_rate)
+    while (progress := run.progress(steps=settings.steps, minutes=settings.minutes)) < 1:
+        rate = learning_rate(progress, settings.peak_learning_rate)
         optimizer.param_groups[0]["lr"] = rate
         window = next(windows).to(settings.device)
         losses: dict[str, float] = {}
@@ -91,19 +97,25 @@ def train_codec(shards: Path, codes: Path | None, work: Path, settings: CodecSet
         loss = 10 * spectrum + extra
         losses["spectrum"] = spectrum.item()
         if run.step >= settings.adversarial_from:
-            judged = slice(0, max(1, settings.batch // 2))
-            loss = loss + _adversarial(
-                judges, judge_optimizer, made[judged], real[judged], losses, draw=random.Random(run.step)
-            )
+            draw = random.Random(run.step)
+            judged = _judged(settings.window, codec.shape, draw)
+            loss = loss + _adversarial(judges, judge_optimizer, made[:, judged], real[:, judged], losses, draw=draw)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         losses["norm"] = float(torch.nn.utils.clip_grad_norm_(trained, 20.0))
         optimizer.step()
         codec.decoder.clear_future()
         _follow(average, codec, run.step)
-        run.finish_step(losses, total=settings.steps)
+        run.finish_step(losses, steps=settings.steps, minutes=settings.minutes)
     average.save(work / "codec")
     return average
+
+
+def _judged(window: int, shape: CodecShape, draw: random.Random) -> slice:
+    """The samples of a window that are judged: half a second that is heard. All of it would take most of the time."""
+    first, last = HEARD_AFTER, window - shape.right_context
+    begin = draw.randint(first, max(first, last - JUDGED_FRAMES))
+    return slice(begin * shape.hop_length, min(last, begin + JUDGED_FRAMES) * shape.hop_length)
 
 
 def _adversarial(
@@ -136,12 +148,11 @@ def _adversarial(
     return total
 
 
-def learning_rate(step: int, steps: int, peak: float) -> float:
-    """Linear over the first fiftieth, then half a cosine down to a fiftieth of the peak."""
-    warm = max(1, steps // 50)
-    if step < warm:
-        return peak * (step + 1) / warm
-    return peak * (0.02 + 0.98 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm))) / 2)
+def learning_rate(progress: float, peak: float) -> float:
+    """Linear from a fiftieth of the peak over the first fiftieth of the run, then half a cosine down to it again."""
+    if progress < 0.02:
+        return peak * (0.02 + 0.98 * progress / 0.02)
+    return peak * (0.02 + 0.98 * (1 + math.cos(math.pi * (progress - 0.02) / 0.98)) / 2)
 
 
 @torch.no_grad()
@@ -203,7 +214,7 @@ def _window(utterance: Utterance, row: np.ndarray | None, shape: CodecShape, siz
     begin = draw.randint(0, frames - size)
     heard = torch.ones(size * hop)
     if begin > 0:
-        heard[: 6 * hop] = 0.0
+        heard[: HEARD_AFTER * hop] = 0.0
     if begin + size < frames:
         heard[-shape.right_context * hop :] = 0.0
     codes = None if row is None else torch.from_numpy(row[begin : begin + size].astype(np.int64))

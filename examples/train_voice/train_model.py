@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -25,9 +26,13 @@ DURATION_WEIGHT = 0.5
 
 @dataclass(frozen=True, slots=True)
 class ModelSettings:
-    """rows: how many a step has, with their padding. init: a shipped model's folder to go on from."""
+    """steps, minutes: the end, whichever comes first. rows: how many a step has, with their padding.
+
+    init: a shipped model's folder to go on from.
+    """
 
     steps: int
+    minutes: float = math.inf
     rows: int = 1900
     peak_learning_rate: float = 6e-4
     init: Path | None = None
@@ -57,8 +62,8 @@ def train_model(shards: Path, codes: Path, work: Path, settings: ModelSettings) 
     run = Run(work, "model", {"model": model, "average": average, "optimizer": optimizer})
     batches = training_batches(shards, codes, model.shape, rows=settings.rows, seed=run.step)
     noise = torch.Generator().manual_seed(run.step)
-    while run.step < settings.steps:
-        rate = learning_rate(run.step, settings.steps, settings.peak_learning_rate)
+    while (progress := run.progress(steps=settings.steps, minutes=settings.minutes)) < 1:
+        rate = learning_rate(progress, settings.peak_learning_rate)
         for group in optimizer.param_groups:
             group["lr"] = rate
         batch = next(batches)
@@ -79,7 +84,8 @@ def train_model(shards: Path, codes: Path, work: Path, settings: ModelSettings) 
                 "durations": duration_loss.item(),
                 "norm": norm.item(),
             },
-            total=settings.steps,
+            steps=settings.steps,
+            minutes=settings.minutes,
         )
     average.save(work / "model")
     return average
@@ -115,11 +121,12 @@ def _optimizer(model: CodeModel) -> torch.optim.AdamW:
 
 
 def read_sentences(shard: Path, codes: Path, shape: ModelShape, *, held_out: bool) -> list[Sentence]:
-    """Those of a shard that are held out, or those that are not, with the byte of their speaker."""
+    """Those of a shard that are held out, or those that are not, of the model's speakers and with their bytes."""
     sentences = []
     for utterance, frames in zip(read_shard(shard), read_codes(codes_path(codes, shard)), strict=True):
         num_frames = max(MIN_FRAMES, round(float(utterance.durations_s.sum()) * shape.frame_rate))
-        if utterance.held_out != held_out or len(frames) < num_frames:
+        known = utterance.speaker < len(shape.speakers)
+        if utterance.held_out != held_out or not known or len(frames) < num_frames:
             continue
         text_ids = utterance.text_ids.astype(np.int64)
         text_ids[0] = shape.speaker_bytes[utterance.speaker]
