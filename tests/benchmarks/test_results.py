@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -129,3 +130,33 @@ def test_the_machine_is_described_by_the_tree_without_its_own_page(results: Any)
     about = results._about()
     assert {"cpu", "cores", "commit", "dirty", "date", "torch", "gpu"} <= set(about)
     assert isinstance(about["dirty"], bool)
+
+
+def test_what_the_tester_says_of_itself_is_what_the_page_reads(results: Any, tmp_path: Path) -> None:
+    one = results.BY_NAME["tester"]
+    results.run_figure(replace(one, command=(*one.command, "--quick")), tmp_path)
+    section = results.render(tmp_path).split(f"## {one.title}\n")[1].split("\n## ")[0]
+    assert "| http, first samples | 3 |" in section and "It ended with" not in section
+
+
+def test_rounds_of_three_configurations_become_medians_and_ratios_to_the_default(results: Any, tmp_path: Path) -> None:
+    import one_configuration as script
+
+    def row(setup: str, load: int, first_ms: float, audio: float) -> dict[str, object]:
+        measures = dict.fromkeys(script.MEASURES, 1.0)
+        return {"setup": setup, "concurrency": load, **measures, "first_audio_p50_ms": first_ms, "audio_s_per_s": audio}
+
+    rounds = [
+        [row(setup, load, first_ms * factor, audio * load) for load in (1, 8)]
+        for factor in (1.0, 3.0)
+        for setup, first_ms, audio in (("default", 100.0, 2.0), ("small", 90.0, 1.0), ("large", 300.0, 2.2))
+    ]
+    rows = script._medians(rounds)
+    assert [(r["concurrency"], r["setup"]) for r in rows][:3] == [(1, "default"), (1, "small"), (1, "large")]
+    assert rows[0]["first_audio_p50_ms"] == 200.0
+    ends = script._ends(rows, [1, 8])
+    assert ends["small"] == {"first_audio_ratio": pytest.approx(0.9), "throughput_ratio": pytest.approx(0.5)}
+    assert ends["large"] == {"first_audio_ratio": pytest.approx(3.0), "throughput_ratio": pytest.approx(1.1)}
+    keep(tmp_path, "one_configuration", {"rows": rows, "ends": ends})
+    page = results.render(tmp_path)
+    assert "| 8 at a time, large | 1 | 600 | 1 | 1 | 1 | 17.6 |" in page and "| large | 3 | 1.1 |" in page
