@@ -28,12 +28,12 @@ TEXT = "The quick brown fox jumps over the lazy dog, and then it goes home."
 
 
 @contextmanager
-def serve(vocoder: str, folder: Path) -> Iterator[tuple[str, subprocess.Popen[str]]]:
+def serve(vocoder: str, folder: Path, *arguments: str) -> Iterator[tuple[str, subprocess.Popen[str]]]:
     """A ready server process that keeps its files in `folder`; stopped by SIGTERM afterwards, unless it has been."""
     command = [sys.executable, "-c", "from declaim.api.cli import main; main()", "serve", "--port", "0"]
     database_url = f"sqlite:///{folder}/declaim.db"
     with subprocess.Popen(
-        [*command, "--vocoder", vocoder, "--device", "cpu", "--database-url", database_url],
+        [*command, "--vocoder", vocoder, "--device", "cpu", "--database-url", database_url, *arguments],
         env={**os.environ, "OMP_NUM_THREADS": "1", "XDG_STATE_HOME": str(folder)},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -43,7 +43,7 @@ def serve(vocoder: str, folder: Path) -> Iterator[tuple[str, subprocess.Popen[st
             assert process.stdout is not None and process.stderr is not None
             match = re.search(r"http://127\.0\.0\.1:\d+", process.stdout.readline())
             assert match is not None
-            assert eventually(lambda: httpx.get(match.group() + "/ready").status_code == 200, within_s=60)
+            assert eventually(lambda: httpx.get(match.group() + "/ready").status_code == 200, within_s=120)
             yield match.group(), process
             process.send_signal(signal.SIGTERM)
             assert process.wait(20) == 0
