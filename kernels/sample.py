@@ -27,34 +27,44 @@ _OUT = tl.constexpr(float("-inf"))
 _INFINITE = tl.constexpr(0x7F800000)  # the bits of infinity
 _OUT_KEY = tl.constexpr(-0x7F800000)
 
-SampleOp = tuple[str | int, ...]
-"""The name of an op and what it needs to know, made by one of the functions below."""
+# Numbers, because Triton 3.6 takes no strings in a tuple.
+_GUIDANCE = tl.constexpr(0)
+_ALLOWED_IDS = tl.constexpr(1)
+_EOS_GATE = tl.constexpr(2)
+_REPETITION_PENALTY = tl.constexpr(3)
+_TEMPERATURE = tl.constexpr(4)
+_TOP_K = tl.constexpr(5)
+_TOP_P = tl.constexpr(6)
+_MIN_P = tl.constexpr(7)
 
-TEMPERATURE: SampleOp = ("temperature",)
-TOP_K: SampleOp = ("top_k",)
-TOP_P: SampleOp = ("top_p",)
-MIN_P: SampleOp = ("min_p",)
+SampleOp = tuple[int, ...]
+"""Which op, and what it needs to know, made by one of the functions below."""
+
+TEMPERATURE: SampleOp = (_TEMPERATURE.value,)
+TOP_K: SampleOp = (_TOP_K.value,)
+TOP_P: SampleOp = (_TOP_P.value,)
+MIN_P: SampleOp = (_MIN_P.value,)
 
 
 def guidance(*, center: Literal["cond", "uncond"], keep: Literal["cond", "guided"], top_k_filter: bool) -> SampleOp:
     """center + scale * (cond - uncond). With `top_k_filter` only the top_k guided ids stay, with their conditional
     logits if `keep` is "cond"."""
-    return ("guidance", center, keep, int(top_k_filter))
+    return (_GUIDANCE.value, int(center == "cond"), int(keep == "cond"), int(top_k_filter))
 
 
 def allowed_ids(limits: tuple[int, ...]) -> SampleOp:
     """Codebook q may draw ids below `limits[q]` only."""
-    return ("allowed_ids", *limits)
+    return (_ALLOWED_IDS.value, *limits)
 
 
 def eos_gate(*, eos: int, codebook: int) -> SampleOp:
     """On `codebook`, `eos` survives only where it is the most likely id, and then alone."""
-    return ("eos_gate", eos, codebook)
+    return (_EOS_GATE.value, eos, codebook)
 
 
 def repetition_penalty(*, window: int, compounding: bool) -> SampleOp:
     """Penalise the ids of the last `window` rows of the same codebook: each time they occur, or once."""
-    return ("repetition_penalty", window, int(compounding))
+    return (_REPETITION_PENALTY.value, window, int(compounding))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -161,10 +171,10 @@ def _check(
     for field in fields(SampleParams):
         _check_tensor(field.name, getattr(params, field.name), shape, (_PARAM_DTYPES.get(field.name, torch.float32),))
     _check_tensor("history", history, (num_sequences, *history.shape[1:2], num_codebooks), (torch.int32, torch.int64))
-    for name, *operands in ops:
-        if name == "allowed_ids" and len(operands) != num_codebooks:
+    for kind, *operands in ops:
+        if kind == _ALLOWED_IDS.value and len(operands) != num_codebooks:
             raise ValueError(f"allowed_ids has {len(operands)} limits for {num_codebooks} codebooks; pass one for each")
-        if name == "repetition_penalty" and int(operands[0]) > history.shape[1]:
+        if kind == _REPETITION_PENALTY.value and operands[0] > history.shape[1]:
             raise ValueError(
                 f"a repetition penalty looks at {operands[0]} rows and history holds {history.shape[1]};"
                 " pass as many, -1 before the first"
@@ -236,31 +246,31 @@ def _guided_sample_kernel(
 
     values = tl.where(exists, cond, _OUT)
     for i in tl.static_range(NUM_OPS):
-        if OPS[i][0] == "guidance":
+        if OPS[i][0] == _GUIDANCE:
             if is_guided:
                 values = _guide(cond, uncond, exists, scale, guided_k, OPS[i][1], OPS[i][2], OPS[i][3])
-        elif OPS[i][0] == "allowed_ids":
+        elif OPS[i][0] == _ALLOWED_IDS:
             limit = 0
             for q in tl.static_range(NUM_CODEBOOKS):
                 limit = tl.where(codebook == q, OPS[i][q + 1], limit)
             values = tl.where(ids < limit, values, _OUT)
-        elif OPS[i][0] == "eos_gate":
+        elif OPS[i][0] == _EOS_GATE:
             if codebook == OPS[i][2]:
                 values = _gate_eos(values, ids == OPS[i][1])
-        elif OPS[i][0] == "repetition_penalty":
+        elif OPS[i][0] == _REPETITION_PENALTY:
             if penalty != 1.0:
                 past = history + ((sequence + 1) * HISTORY - OPS[i][1]) * NUM_CODEBOOKS + codebook
                 values = _penalise(values, ids, past, penalty, NUM_CODEBOOKS, OPS[i][1], OPS[i][2])
-        elif OPS[i][0] == "temperature":
+        elif OPS[i][0] == _TEMPERATURE:
             if is_random:
                 values = tl.div_rn(values, divisor)
-        elif OPS[i][0] == "top_k":
+        elif OPS[i][0] == _TOP_K:
             if kept_k > 0:
                 values = _keep_top_k(values, kept_k)
-        elif OPS[i][0] == "top_p":
+        elif OPS[i][0] == _TOP_P:
             if kept_p < 1.0:
                 values = _keep_top_p(values, kept_p)
-        elif OPS[i][0] == "min_p":
+        elif OPS[i][0] == _MIN_P:
             if least_p > 0:
                 values = tl.where(values < tl.max(values, 0) + tl.log(least_p), _OUT, values)
         else:
@@ -273,14 +283,16 @@ def _guided_sample_kernel(
 
 
 @triton.jit
-def _guide(cond, uncond, exists, scale, top_k, CENTER: tl.constexpr, KEEP: tl.constexpr, TOP_K_FILTER: tl.constexpr):
+def _guide(
+    cond, uncond, exists, scale, top_k, CENTERS_COND: tl.constexpr, KEEPS_COND: tl.constexpr, TOP_K_FILTER: tl.constexpr
+):
     """Source: Ho & Salimans 2022, equation 6, with the centre and the filter of the family."""
-    center = cond if CENTER == "cond" else uncond
+    center = cond if CENTERS_COND else uncond
     values = tl.where(exists, (cond - uncond) * scale + center, _OUT)
     if TOP_K_FILTER:
         if top_k > 0:
             kept = _keep_top_k(values, top_k)
-            values = tl.where(kept > _OUT, cond, _OUT) if KEEP == "cond" else kept
+            values = tl.where(kept > _OUT, cond, _OUT) if KEEPS_COND else kept
     return values
 
 

@@ -15,9 +15,8 @@ import torch.nn.functional as F
 from declaim.engine.models.base import LayerCache
 from declaim.engine.spec import StateSpec
 from declaim.engine.states import LayerState
-from declaim.kernels.activation import silu_and_mul
 from declaim.kernels.attention import AttentionPlan, paged_attention
-from declaim.kernels.linear import Linear, linear
+from declaim.kernels.linear import Linear, gated_linear, linear
 from declaim.kernels.mamba import StatePlan, causal_conv, gated_rms_norm, state_scan
 from declaim.kernels.norm import rms_norm
 from declaim.kernels.rope import apply_rotary, rotary_and_cache
@@ -145,7 +144,7 @@ def mamba(
 
 def swiglu(normed: torch.Tensor, weights: MlpWeights) -> torch.Tensor:
     """[N, C] -> what the residual stream gains, [N, C]."""
-    return linear(silu_and_mul(linear(normed, weights.gate_up)), weights.down)
+    return linear(gated_linear(normed, weights.gate_up), weights.down)
 
 
 def self_attention(

@@ -1,12 +1,15 @@
-"""Every kernel launch that serving makes, found by serving: models of real size and without memory take their steps
-while launches are recorded instead of made."""
+"""Every kernel launch that serving makes, found by serving: models of real widths and without memory take their steps
+while launches are recorded instead of made. They have one layer of each kind, as the others launch the same again."""
 
 from __future__ import annotations
 
 import functools
 import sys
+from collections.abc import Mapping
 from collections.abc import Sequence as Items
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,14 +20,16 @@ from declaim.engine.checkpoint import Checkpoint
 from declaim.engine.config import Int4Recipe
 from declaim.engine.graphs import GraphRunner
 from declaim.engine.loader import EMBEDDED_FOLDER
-from declaim.engine.models import dia, lark
-from declaim.engine.models.base import Prefill, SpeechModel
+from declaim.engine.models import dia, lark, zonos
+from declaim.engine.models.base import Prefill, PromptSettings, SpeechModel
+from declaim.engine.parts import ZONOS_HYBRID, ZONOS_TRANSFORMER
 from declaim.engine.phonemes import Phonemizer
 from declaim.engine.progress import ignore_progress
-from declaim.engine.request import ResolvedSampling
+from declaim.engine.request import EncodedVoice, ResolvedSampling
 from declaim.engine.runner import Runner
 from declaim.engine.sequence import Playback, Prompt, Sequence, SequenceInput
 from declaim.engine.spec import CodecSpec
+from declaim.engine.words import Segment
 from declaim.kernels import backend
 from declaim.kernels.backend import Variant
 from declaim.kernels.int4 import Int4Weight
@@ -46,6 +51,7 @@ class WeightlessCheckpoint(Checkpoint):
         self._dtype = dtype
         self._device = META
         self._recipe = recipe
+        self._mapped: set[int] = set()
 
     def take(self, name: str, shape: Items[int]) -> torch.Tensor:
         return torch.empty(tuple(shape), dtype=self._dtype, device=META)
@@ -60,6 +66,7 @@ class WeightlessCheckpoint(Checkpoint):
 def dia_model(dtype: torch.dtype, recipe: Int4Recipe | None) -> SpeechModel:
     """Dia-1.6B."""
     config = dia.DiaConfig.read(HfDiaConfig().to_dict(), source=Path("Dia-1.6B"))
+    config = replace(config, encoder_layers=1, layers=1)
     spec = dia._spec(config, DAC, defaults=dia._defaults({}))
     with torch.inference_mode():
         return dia.DiaModel(config, WeightlessCheckpoint(dtype=dtype, recipe=recipe), spec=spec)
@@ -68,6 +75,7 @@ def dia_model(dtype: torch.dtype, recipe: Int4Recipe | None) -> SpeechModel:
 def lark_model(dtype: torch.dtype, recipe: Int4Recipe | None) -> SpeechModel:
     """The embedded voice."""
     config = lark.LarkConfig.read(EMBEDDED_FOLDER / "config.json")
+    config = replace(config, encoder_layers=1, layers=1)
     codec = CodecSpec(
         sample_rate_hz=24000,
         hop=960,
@@ -85,7 +93,27 @@ def lark_model(dtype: torch.dtype, recipe: Int4Recipe | None) -> SpeechModel:
         )
 
 
-MODELS = {"dia": dia_model, "lark": lark_model}
+def zonos_model(
+    published: Mapping[str, Any], attention_layers: frozenset[int], dtype: torch.dtype, recipe: Int4Recipe | None
+) -> SpeechModel:
+    """A Zonos-v0.1 of one layer beside those with attention; texts are taken for phonemes."""
+    config = zonos.ZonosConfig.read(published, source=Path("Zonos-v0.1"))
+    config = replace(config, layers=2, attention_layers=attention_layers)
+    with torch.inference_mode():
+        return zonos.ZonosModel(
+            config,
+            WeightlessCheckpoint(dtype=dtype, recipe=recipe),
+            spec=zonos.zonos_spec(config, DAC),
+            phonemize=lambda text, language: text,
+        )
+
+
+MODELS = {
+    "dia": dia_model,
+    "lark": lark_model,
+    "zonos": functools.partial(zonos_model, ZONOS_TRANSFORMER, frozenset({0, 1})),
+    "zonos-hybrid": functools.partial(zonos_model, ZONOS_HYBRID, frozenset({0})),
+}
 
 
 def served_variants(name: str, dtype: torch.dtype, capability: int, *, is_int4: bool) -> dict[str, Variant]:
@@ -116,7 +144,7 @@ def _run_prompt(model: SpeechModel, runner: Runner, *, num_text: int, num_prompt
     spec = model.spec
     frames = np.zeros((num_prompt if spec.supports_voice_prompt else 0, spec.rule.num_codebooks), dtype=np.int32)
     text = "[S1] " + "a" * num_text if spec.family == "dia" else "a" * num_text
-    prompt = model.tokenize(text, voice_text="", voice_codes=frames, sampling=SAMPLING, speed=1.0)
+    prompt = model.tokenize(Segment(text), PromptSettings(SAMPLING, EncodedVoice("", frames)))
     sequence = Sequence(SequenceInput(0, "r", 0, SAMPLING, prompt, 0.0), spec.rule, Playback(paced=False))
     needed = -(-sequence.num_positions // BLOCK_SIZE)
     sequence.block_tables = [list(range(b * needed, (b + 1) * needed)) for b in range(sequence.num_branches)]

@@ -2,8 +2,13 @@
 
     pytest tests/aot
 
-The list of variants is a file, so that a change which launches something new shows it: after looking, write it again
-with `python -m tests.aot.served`.
+And with an older Triton than the one that is installed:
+
+    pip install --target DIR --no-deps triton==3.6.0
+    PYTHONPATH=DIR pytest tests/aot --triton 3.6.0
+
+A card that a Triton cannot compile for fails its test. The list of variants is a file, so that a change which launches
+something new shows it: after looking, write it again with `python -m tests.aot.served`.
 """
 
 from __future__ import annotations
@@ -19,7 +24,9 @@ from multiprocessing import get_context
 from pathlib import Path
 
 import pytest
+import triton
 import triton.backends.nvidia
+from triton.errors import TritonError
 
 from declaim.kernels import backend
 from tests.aot.served import CAPABILITIES, LIST, all_served
@@ -60,7 +67,10 @@ def compile_part(capability: int, part: int, num_parts: int) -> list[Compiled]:
     """Compile every num_parts-th variant."""
     found = []
     for key, variant in sorted(all_served(capability).items())[part::num_parts]:
-        compiled = backend.compile_variant(variant, capability)
+        try:
+            compiled = backend.compile_variant(variant, capability)
+        except (TritonError, RuntimeError) as error:
+            raise AssertionError(f"Triton {triton.__version__} compiles no {key} for sm_{capability}") from error
         usage = resource_usage(compiled.asm["cubin"])
         stack = max((int(size) for size in re.findall(r"STACK:(\d+)", usage)), default=0)
         found.append(Compiled(key, compiled.metadata.shared, stack, bool(WIDE_LOAD.search(compiled.asm["ptx"]))))
