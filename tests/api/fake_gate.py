@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from declaim.api.gate import Admission, Caller, Usage, tier_of
 from declaim.api.tenant_errors import InvalidApiKey
+from declaim.engine.request import Tier
 
 KEY = {"authorization": "Bearer sk-good"}
 
@@ -33,7 +34,7 @@ class FakeGate:
         gate = self
 
         class Admitted:
-            tier = tier_of(service_tier)
+            tier: Tier = tier_of(service_tier)
             headers: Mapping[str, str] = {"x-ratelimit-limit-requests": "60"}
 
             async def charge(self, chars: int) -> None:
