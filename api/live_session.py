@@ -16,7 +16,7 @@ from collections import deque
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from concurrent.futures import Executor
 from contextlib import aclosing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from declaim.api.clauses import ClauseSplitter, Granularity
 from declaim.api.errors import answer_for
@@ -314,6 +314,8 @@ class LiveSession:
                 lexicon=lexicon,
                 request_id=f"{utterance.request_id}_{index}",
             )
+            # Who has heard the beginning hears the rest.
+            request = replace(request, continues=index > 0)
             # More may follow, so every clause ends as if another came after it.
             joint = Joint(engine.spec.codec.sample_rate_hz, is_first=index == 0, is_last=False)
             return render(engine, request, how, services.workers, joint=joint)

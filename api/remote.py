@@ -504,6 +504,7 @@ def _read_request(fields: Header, payload: bytes) -> SpeechRequest:
             tenant=_typed(fields, "tenant", str),
             weight=fields["weight"],
             tier=fields["tier"],
+            continues=_typed(fields, "continues", bool),
         )
     except InvalidRequest as error:
         raise BadFrame(f"a request that no process of ours makes: {error}") from error

@@ -18,6 +18,7 @@ _ANSWERS, _RUNNING = "What is answered", "How it runs"
 DType = Literal["auto", "float32", "float16", "bfloat16", "int4"]
 ServedVocoder = Literal["auto", "ray", "inline"]
 Offload = Literal["auto", "none", "text"]
+Shed = Literal["late", "full"]
 LogLevel = Literal["debug", "info", "warning", "error"]
 LogFormat = Literal["logfmt", "json"]
 
@@ -58,6 +59,13 @@ RayAddressOption = Annotated[str | None, typer.Option(help="A running Ray cluste
 MaxBatchOption = Annotated[int, typer.Option(help="Sequences in one step.", rich_help_panel=_ENGINE)]
 MaxWaitingOption = Annotated[
     int, typer.Option(help="Sequences that may wait; more are refused.", rich_help_panel=_ENGINE)
+]
+ShedOption = Annotated[
+    Shed,
+    typer.Option(
+        help="Refuse who would be served slower than they listen, or only beyond --max-waiting.",
+        rich_help_panel=_ENGINE,
+    ),
 ]
 EagerOption = Annotated[
     bool,

@@ -14,7 +14,11 @@ from declaim.engine.spec import CodecSpec
 
 @dataclass(frozen=True, slots=True)
 class ChunkPolicy:
-    """The first window holds `first_frames` frames; each next one twice as many, up to `max_frames`."""
+    """Two windows hold `first_frames` frames each, the next two twice as many, and so on up to `max_frames`.
+
+    Windows that doubled each time would run dry unless a stream is made twice as fast as it plays: what plays while a
+    window is made is all that came before. In pairs, 1.5 times as fast is enough.
+    """
 
     first_frames: int
     max_frames: int
@@ -26,7 +30,7 @@ class ChunkPolicy:
 
     def length(self, index: int) -> int:
         """Frames of the window of that index."""
-        return min(self.first_frames << min(index, 20), self.max_frames)
+        return min(self.first_frames << min(index // 2, 20), self.max_frames)
 
 
 @dataclass(frozen=True, slots=True)

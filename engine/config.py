@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 DTypeName = Literal["auto", "float32", "float16", "bfloat16", "int4"]
 VocoderName = Literal["inline", "ray"]
+Shed = Literal["late", "full"]
 
 MAX_EXACT_THREADS = 4  # kernels/linear.py keeps its law up to here, measured; see benchmarks/LOG.md
 
@@ -63,6 +64,9 @@ class EngineConfig:
     int4_keep_dense: patterns of the checkpoint names that int4 leaves as they are; None takes the family's own.
     vocoder: "inline" decodes in this process, "ray" in a pool of workers that survives their death.
     max_batch: sequences in one step. max_waiting: sequences that may wait beyond those; more are refused.
+    shed: who is refused: "full" lets streams wait until there are max_waiting; "late", which `declaim serve` takes,
+    also refuses whoever would be served slower than they listen, judged by the last steps, and so spares those who are
+    being served. Requests that nobody listens to wait in either case.
     memory_gb: for everything: weights, codec, CUDA's context, graphs and workspaces, KV cache; None takes 90 % of a
     GPU's free memory, or three quarters of the host's.
     offload: on a GPU, "text" keeps what reads the text on the CPU, "none" nothing, not even what encodes reference
@@ -87,6 +91,7 @@ class EngineConfig:
     vocoder: VocoderName = "inline"
     max_batch: int = 32
     max_waiting: int = 256
+    shed: Shed = "full"
     memory_gb: float | None = None
     offload: Offload = "auto"
     num_blocks: int | None = None
@@ -109,6 +114,8 @@ class EngineConfig:
             raise InvalidConfig(f"int4_group_size is {self.int4_group_size}: use 128, 64 or 32, or leave it out")
         if self.offload not in ("auto", "none", "text"):
             raise InvalidConfig(f"offload is {self.offload!r}: use auto, none or text")
+        if self.shed not in ("late", "full"):
+            raise InvalidConfig(f"shed is {self.shed!r}: use late or full")
         if self.vocoder not in ("inline", "ray"):
             raise InvalidConfig(f"vocoder is {self.vocoder!r}: use inline or ray")
         for name in ("max_batch", "block_size", "max_step_positions"):

@@ -28,6 +28,7 @@ from numpy.typing import NDArray
 
 from declaim.engine.batch import Batch
 from declaim.engine.blocks import BlockPool
+from declaim.engine.capacity import Capacity
 from declaim.engine.chunks import ChunkPolicy
 from declaim.engine.codec.base import Codec, CodecRecipe
 from declaim.engine.codec.load import load_codec
@@ -111,7 +112,13 @@ class _Ticket:
     tenant: str
     weight: float
     tier: Tier
+    continues: bool
     sink: Sink
+
+    @property
+    def is_listened_to(self) -> bool:
+        """Whether somebody listens to it as it is made, and did not say that others may go first."""
+        return self.paced and self.tier != "flex"
 
 
 class Engine:
@@ -161,6 +168,7 @@ class Engine:
         self._num_open = 0  # sequences accepted and not yet finished
         self._num_open_of: Counter[str] = Counter()  # by tenant
         self._open_ids: set[str] = set()
+        self._num_listeners = 0  # requests that somebody listens to
         self._is_closing = False
         self._awake = threading.Event()
 
@@ -174,8 +182,10 @@ class Engine:
                 max_batch=config.max_batch,
                 max_step_positions=config.max_step_positions,
                 max_lead_s=config.max_lead_s,
+                hurries=model.device.type == "cpu",
             ),
         )
+        self._capacity = Capacity(frame_s=1 / model.spec.codec.frame_rate_hz, max_batch=config.max_batch)
         self._runner = _make_runner(model, config, self.plan, progress)
         self._streams: dict[str, RequestStream] = {}
         self._owners: dict[int, RequestStream] = {}  # by sequence id
@@ -257,6 +267,7 @@ class Engine:
         Raises: RequestError or Overloaded at the first chunk; EngineError or Cancelled where the audio breaks off.
         """
         sink = _QueueSink()
+        self._refuse_late(request)
         ticket = self._check(request, sink, paced=True)
         self._submit(ticket, wait=False)
         try:
@@ -277,6 +288,7 @@ class Engine:
         sink = _LoopSink(asyncio.get_running_loop())
         request_id = request.request_id or _new_request_id()
         request = dataclasses.replace(request, request_id=request_id)
+        self._refuse_late(request)
         try:
             await asyncio.to_thread(lambda: self._submit(self._check(request, sink, paced=True), wait=False))
             while True:
@@ -390,6 +402,7 @@ class Engine:
             tenant=request.tenant,
             weight=request.weight,
             tier=request.tier,
+            continues=request.continues,
             sink=sink,
         )
         for i in range(len(prompts)):
@@ -411,10 +424,13 @@ class Engine:
                     f"a request {ticket.request_id!r} is running: choose another id", param="request_id"
                 )
             refusal = self._refusal(ticket)
+            if refusal is None and ticket.is_listened_to and not ticket.continues:
+                refusal = self._lateness(ticket.tenant, ticket.weight)
             if refusal is not None:
                 raise Overloaded(refusal)
             self._num_open += len(ticket.prompts)
             self._num_open_of[ticket.tenant] += len(ticket.prompts)
+            self._num_listeners += ticket.is_listened_to
             self._open_ids.add(ticket.request_id)
             self._inbox.append(ticket)
         self._awake.set()
@@ -440,6 +456,35 @@ class Engine:
         return (
             f"tenant {ticket.tenant!r} has {held} sequences in the engine and this request brings {count}; as"
             f" full as it would be, a tenant may hold {share} of its {limit} places: try again when some have ended"
+        )
+
+    def _refuse_late(self, request: SpeechRequest) -> None:
+        """Before a stream costs anything: the text side of those that are refused would slow down the others.
+
+        Raises: Overloaded.
+        """
+        if request.tier == "flex" or request.continues:
+            return
+        lateness = self._lateness(request.tenant, request.weight)
+        if lateness is not None:
+            raise Overloaded(lateness)
+
+    def _lateness(self, tenant: str, weight: float) -> str | None:
+        """Why one more listener would be served slower than it listens, and those before it too; None if not so.
+
+        A tenant that holds less than its part of what the engine bears is let in: the scheduler sees to it that others
+        who hold more wait for it.
+        """
+        most = self._capacity.num_listeners
+        if self.config.shed == "full" or most is None or self._num_listeners < most:
+            return None
+        held = self._num_open_of[tenant]
+        num_others = len(self._num_open_of) - (held > 0)
+        if tenant and num_others and held < most * weight / (weight + num_others):
+            return None
+        return (
+            f"{self._num_listeners} streams are being spoken, and by its last steps this engine can speak {most} as"
+            " fast as they are heard: try again in a second, or start the engine with shed='full' to queue instead"
         )
 
     def _submit_all(self, tickets: Items[_Ticket]) -> None:
@@ -545,9 +590,12 @@ class Engine:
                 if not (self._scheduler.num_running or self._scheduler.num_waiting or self._in_flight):
                     self._awake.wait()
                 self._awake.clear()
+                began = time.monotonic()
                 self._receive()
-                self._step()
+                num_stepped = self._step()
                 self._deliver()
+                if num_stepped:
+                    self._capacity.record(num_stepped, time.monotonic() - began)
         finally:
             with self._lock:
                 self._is_closing = True
@@ -591,8 +639,11 @@ class Engine:
         for sequence in sequences:
             self._scheduler.add(sequence)
 
-    def _step(self) -> None:
-        """Schedule and launch a step, then take in what the step before gave, which a GPU made in the meantime."""
+    def _step(self) -> int:
+        """Schedule and launch a step, then take in what the step before gave, which a GPU made in the meantime.
+
+        Returns how many sequences the step has.
+        """
         batch = self._scheduler.schedule(time.monotonic())
         launched = self._launch(batch) if batch.entries else []
         due, self._in_flight = self._in_flight, launched
@@ -600,6 +651,7 @@ class Engine:
             due, self._in_flight = launched, []
         for step in due:
             self._commit(step)
+        return len(batch.entries)
 
     def _launch(self, batch: Batch) -> list[LaunchedStep]:
         """Launch a step. If that fails, launch its sequences one by one, and end those that fail alone."""
@@ -706,8 +758,10 @@ class Engine:
             self._vocoder.cancel(sequence.sequence_id)
         with self._lock:
             self._num_open -= len(stream.sequences)
-            tenant = stream.sequences[0].given.tenant
+            given = stream.sequences[0].given
+            tenant = given.tenant
             self._num_open_of[tenant] -= len(stream.sequences)
+            self._num_listeners -= stream.playback.paced and given.tier != "flex"
             if not self._num_open_of[tenant]:
                 del self._num_open_of[tenant]
             self._open_ids.discard(stream.request_id)

@@ -53,8 +53,10 @@ class FairShares:
 
     def settle(self, waiting: Iterable[str]) -> None:
         """End a step. waiting: the tenants that wanted more than they were given."""
-        self._now = min((self.time(tenant) for tenant in waiting), default=0.0)
-        if self._now == 0.0:
+        present = min((self.time(tenant) for tenant in waiting), default=None)
+        if present is None:
+            self._now = 0.0
             self._times.clear()
             return
+        self._now = present
         self._times = {tenant: time for tenant, time in self._times.items() if time > self._now}

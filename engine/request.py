@@ -155,6 +155,8 @@ class SpeechRequest:
     controls: the family's own dials by name (`ModelSpec.controls`).
     word_timestamps: whether chunks tell when each word is spoken.
     tenant, weight, tier: who asks; under load tenants of a tier share the engine in proportion to their weights.
+    continues: whether its listener is hearing another request of theirs, which this one goes on from: it is not
+    refused because the engine has become slow (`EngineConfig.shed`).
 
     Raises: InvalidRequest.
     """
@@ -172,6 +174,7 @@ class SpeechRequest:
     tenant: str = ""
     weight: float = 1.0
     tier: Tier = "default"
+    continues: bool = False
 
     def __post_init__(self) -> None:
         if not isinstance(self.text, str):

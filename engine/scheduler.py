@@ -9,6 +9,10 @@ would run dry soon, so that its own crowd of new requests does not silence what 
 Priority goes before everybody, flex after everybody: a flex sequence counts as default `FLEX_PATIENCE_S` after it came,
 so that others delay it by so much and then share with it.
 
+Hurry. Where a step takes longer the more take part in it, a newcomer would wait for its first audio behind everybody
+else's arithmetic. So while somebody of a tenant within its share waits for first audio, tenants beyond theirs pause:
+for a bounded number of steps, each of which is given back before there may be more.
+
 Places and blocks. A sequence of an earlier level, or of a tenant below its share, is admitted however many others run:
 those wait, with their blocks or, where blocks are short, without. What plays loses its blocks to no newcomer. Everyone
 chosen decodes one position a step; prefill fills what is left of the step's budget, in pieces, so that a long prompt
@@ -44,6 +48,7 @@ SEGMENT_LEAD_S = 2.0  # how much later a segment is needed for each unfinished o
 FLEX_PATIENCE_S = 30.0  # how long default traffic may hold back a flex sequence
 DRY_SOON_S = 1.0  # a tenant held to its share serves streams with less than this in hand before new ones
 PLACES_PER_QUANTUM = 32  # a large batch is shared out a few places at a time
+MAX_HURRIED_STEPS = 64  # in a row; a first window takes about 16 of the embedded voice, 45 of Dia
 
 _TIERS = {"priority": 0, "default": 1, "flex": 2}
 _YIELDING = 2 * len(_TIERS)  # the level of what is too far ahead; before it two a tier: listened to, and not
@@ -57,12 +62,14 @@ Rank = tuple[int, float, int, int]  # one of the above, then arrival or when pla
 @dataclass(frozen=True, slots=True)
 class SchedulerLimits:
     """max_batch: sequences in a step. max_step_positions: positions in a step, over all branches.
-    max_lead_s: a stream further ahead of its playback than this yields."""
+    max_lead_s: a stream further ahead of its playback than this yields. hurries: whether tenants beyond their share
+    pause for first audio of the others, which is of use where a step's time grows with its sequences."""
 
     block_size: int
     max_batch: int
     max_step_positions: int
     max_lead_s: float
+    hurries: bool = False
 
 
 @dataclass(slots=True, eq=False)
@@ -130,6 +137,14 @@ class _Line:
     def num_places(self) -> int:
         return len(self.running) + len(self.waiting)
 
+    @property
+    def weight(self) -> float:
+        return (self.running or self.waiting)[0].weight
+
+    @property
+    def awaits_first_audio(self) -> bool:
+        return any(places and places[0].rank[0] == _FIRST_AUDIO for places in (self.running, self.waiting))
+
     def num_blocks(self) -> int:
         return sum(map(_num_blocks, self.running))
 
@@ -159,6 +174,7 @@ class Scheduler:
         self._surprised: set[int] = set()  # ids of those whose end was drawn with another row in flight
         self._num_running = 0
         self._num_branches = 0  # of the running
+        self._num_hurried = 0  # steps that others paused in, and that were not given back yet
         self.num_preemptions = 0
 
     @property
@@ -221,13 +237,10 @@ class Scheduler:
         """Choose the next step's entries, admitting and preempting as blocks allow. Empty if nobody can run."""
         self._preempted.clear()
         self._line_up(now)
-        picked = self._everybody() if self._has_place_for_all() else self._pick(now)
-        others = [place for place in picked if place.sequence.num_planned >= place.plain_until]
-        if not others:
-            return Batch(tuple(map(_plain, picked)), is_plain=True)
-        self._plan(others, spare=self._limits.max_step_positions - sum(map(_num_branches, picked)))
-        entries = [place.plain if place.sequence.num_planned < place.plain_until else place.entry for place in picked]
-        return Batch(tuple([entry for entry in entries if entry is not None]))
+        batch = self._planned(self._everybody() if self._has_place_for_all() else self._pick(now))
+        if self._preempted and not batch.entries:  # who was picked had to give up its blocks: the others' turn
+            batch = self._planned(self._pick(now))
+        return batch
 
     def launch(self, batch: Batch) -> None:
         """Record that a step is under way: its positions are as good as cached, the rows it draws are in flight."""
@@ -370,6 +383,7 @@ class Scheduler:
 
     def _everybody(self) -> list[_Place]:
         """All but those who yield, or these if there is nobody else."""
+        self._num_hurried = 0
         for shares in self._shares:
             shares.settle(())
         *levels, yielding = self._levels
@@ -377,17 +391,20 @@ class Scheduler:
             place for line in yielding.values() for place in line.running
         ]
 
-    def _pick(self, now: float) -> list[_Place]:
+    def _pick(self, now: float, *, may_hurry: bool = True) -> list[_Place]:
         """Who steps, level by level and most urgent first; those among them who were waiting are admitted."""
         picked: list[_Place] = []
         room, budget = self._limits.max_batch, self._limits.max_step_positions
         is_blocked = False  # once blocks are short for somebody, nobody less urgent takes what there is
+        is_hurried = False
         for lines, shares in zip(self._levels, self._shares, strict=True):
-            if not lines or (picked and lines is self._levels[_YIELDING]):
+            if not lines or is_hurried or (picked and lines is self._levels[_YIELDING]):
                 continue
             is_shared = len(lines) > 1
             dry_by = now + DRY_SOON_S if is_shared else -math.inf
-            queues = {tenant: line.in_order(room, dry_by=dry_by) for tenant, line in lines.items()}
+            served = self._hurrying(lines) if may_hurry else lines
+            is_hurried = len(served) < len(lines)
+            queues = {tenant: line.in_order(room, dry_by=dry_by) for tenant, line in served.items()}
             chosen: list[_Place] = []
             num_served: Counter[str] = Counter()
             quantum = 1 + room // PLACES_PER_QUANTUM
@@ -416,7 +433,26 @@ class Scheduler:
                 num_served.update(map(_tenant, chosen))
                 shares.settle(tenant for tenant, line in lines.items() if line.num_places > num_served[tenant])
             picked += sorted(chosen, key=_rank)
+            if is_hurried and not any(place.rank[0] == _FIRST_AUDIO for place in chosen):
+                return self._pick(now, may_hurry=False)  # there are no blocks for it, so nobody is helped by a pause
+        self._num_hurried = self._num_hurried + 1 if is_hurried else max(0, self._num_hurried - 1)
         return picked
+
+    def _hurrying(self, lines: dict[str, _Line]) -> dict[str, _Line]:
+        """Who of a level's tenants is served: only those within their share while one of them awaits first audio."""
+        if not self._limits.hurries or len(lines) == 1 or self._num_hurried >= MAX_HURRIED_STEPS:
+            return lines
+        places_per_weight = self._limits.max_batch / sum(line.weight for line in lines.values())
+        within = {tenant: line for tenant, line in lines.items() if line.num_places <= line.weight * places_per_weight}
+        return within if any(line.awaits_first_audio for line in within.values()) else lines
+
+    def _planned(self, picked: list[_Place]) -> Batch:
+        others = [place for place in picked if place.sequence.num_planned >= place.plain_until]
+        if not others:
+            return Batch(tuple(map(_plain, picked)), is_plain=True)
+        self._plan(others, spare=self._limits.max_step_positions - sum(map(_num_branches, picked)))
+        entries = [place.plain if place.sequence.num_planned < place.plain_until else place.entry for place in picked]
+        return Batch(tuple([entry for entry in entries if entry is not None]))
 
     def _plan(self, places: list[_Place], *, spare: int) -> None:
         """Set the entries of those who need a look: blocks for the positions, which prefill has many of."""

@@ -128,6 +128,8 @@ class RequestStream:
                     codes=np.ascontiguousarray(codes.T.astype(np.int16)),
                     skip=cut.first - cut.context_first,
                     num_frames=cut.last - cut.first,
+                    tenant=sequence.given.tenant,
+                    weight=sequence.given.weight,
                 )
             )
         sequence.num_rows_wanted = num_rows_for(

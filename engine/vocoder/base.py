@@ -19,7 +19,8 @@ class Window:
     """Frames to decode with their context.
 
     codes: int16 [num_codebooks, T]. Samples are wanted for frames `skip .. skip + num_frames` of the T.
-    sequence_id and index name the window; every (sequence_id, index) is submitted once.
+    sequence_id and index name the window; every (sequence_id, index) is submitted once. tenant, weight: whose it is,
+    and that tenant's share where several have windows waiting.
     """
 
     sequence_id: int
@@ -27,6 +28,13 @@ class Window:
     codes: NDArray[np.int16]
     skip: int
     num_frames: int
+    tenant: str = ""
+    weight: float = 1.0
+
+    @property
+    def window(self) -> Window:
+        """Itself: what a WindowQueue holds."""
+        return self
 
 
 @dataclass(frozen=True, slots=True, eq=False)

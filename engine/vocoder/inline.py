@@ -1,12 +1,11 @@
 """The vocoder in this process, on the engine's own thread: no workers to start, none to lose.
 
-Owns a queue and the order in which it is decoded; `decode_windows` is also what a Ray worker runs.
+Owns a queue of windows; `decode_windows` is also what a Ray worker runs.
 Never holds up the step loop for more than a few windows, and never lets one bad window harm another.
 """
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Sequence
 from contextlib import nullcontext
 
@@ -16,6 +15,7 @@ import torch
 from declaim.engine.codec.base import Codec
 from declaim.engine.errors import SequenceFailed
 from declaim.engine.vocoder.base import DecodedWindow, Wake, Window, decode_window
+from declaim.engine.vocoder.queue import WindowQueue
 
 # What torch raises for a window that cannot be decoded: a wrong shape, an id beyond its codebook, no memory.
 _WINDOW_ERRORS = (RuntimeError, ValueError, IndexError)
@@ -40,21 +40,19 @@ class InlineVocoder:
             self._stream = torch.cuda.Stream(codec.device)  # type: ignore[no-untyped-call]
             self._stream.wait_stream(torch.cuda.current_stream(codec.device))
         self._max_windows_per_poll = max_windows_per_poll
-        # Somebody waits in silence for a first window; the others are wanted before their playback time only.
-        self._first: deque[Window] = deque()
-        self._rest: deque[Window] = deque()
+        self._queue: WindowQueue[Window] = WindowQueue()
 
     def submit(self, windows: Sequence[Window]) -> None:
         """Queue windows; nothing is decoded before `poll`."""
         for window in windows:
-            (self._rest if window.index else self._first).append(window)
+            self._queue.push(window)
         if windows:
             self._wake()
 
     def poll(self) -> list[DecodedWindow]:
         """Decode and return the next windows, at most `max_windows_per_poll`."""
         count = min(self.num_pending, self._max_windows_per_poll)
-        windows = [(self._first or self._rest).popleft() for _ in range(count)]
+        windows = [self._queue.pop() for _ in range(count)]
         try:
             with nullcontext() if self._stream is None else torch.cuda.stream(self._stream):
                 decoded = decode_windows(self._codec, windows)
@@ -66,17 +64,15 @@ class InlineVocoder:
 
     def cancel(self, sequence_id: int) -> None:
         """Forget a sequence's queued windows."""
-        self._first = deque(window for window in self._first if window.sequence_id != sequence_id)
-        self._rest = deque(window for window in self._rest if window.sequence_id != sequence_id)
+        self._queue.cancel(sequence_id)
 
     @property
     def num_pending(self) -> int:
-        return len(self._first) + len(self._rest)
+        return len(self._queue)
 
     def close(self) -> None:
         """Drop what is queued; idempotent."""
-        self._first.clear()
-        self._rest.clear()
+        self._queue.clear()
 
 
 def decode_windows(codec: Codec, windows: Sequence[Window]) -> list[DecodedWindow]:

@@ -36,14 +36,16 @@ from declaim.engine.codec.load import load_codec
 from declaim.engine.errors import EngineClosed, EngineError, ModelLoadError, VocoderLost
 from declaim.engine.vocoder.base import DecodedWindow, Wake, Window
 from declaim.engine.vocoder.inline import decode_windows
+from declaim.engine.vocoder.queue import WindowQueue
 
 _log = logging.getLogger(__name__)
 
 # Two calls in flight: a worker starts on the second while the first one's samples travel.
 _MAX_CALLS_PER_WORKER = 2
 # A call gets as many windows as take about this long: well above a round trip (1-2 ms), and short enough that
-# a first window, which cannot overtake calls in flight, waits little.
+# a first window, which cannot overtake calls in flight, waits little. On the CPU no window gains by company.
 _CALL_TARGET_S = 0.05
+_CPU_CALL_TARGET_S = 0.02
 _MAX_LOST_WORKERS_PER_WINDOW = 3
 _GROW_AFTER_S = 0.5
 _TICK_S = 0.1
@@ -282,8 +284,7 @@ class RayVocoderPool:
 
         # Shared with the engine thread, guarded by _changed.
         self._changed = threading.Condition()
-        self._first: deque[_Job] = deque()
-        self._rest: deque[_Job] = deque()
+        self._queue: WindowQueue[_Job] = WindowQueue()
         self._unanswered: dict[int, set[int]] = {}  # sequence_id -> indices queued or in flight
         self._done: list[DecodedWindow] = []
         self._replies: deque[_Reply] = deque()
@@ -333,8 +334,7 @@ class RayVocoderPool:
                 raise EngineClosed("the vocoder pool is closed: build a new one")
             for window in windows:
                 self._unanswered.setdefault(window.sequence_id, set()).add(window.index)
-                # Somebody waits in silence for a first window; the others are wanted by their playback time.
-                (self._rest if window.index else self._first).append(_Job(window))
+                self._queue.push(_Job(window))
             if self._stopped:
                 self._fail_queued(str(self._fatal or _CRASHED))
             self._changed.notify_all()
@@ -347,8 +347,7 @@ class RayVocoderPool:
     def cancel(self, sequence_id: int) -> None:
         with self._changed:
             self._unanswered.pop(sequence_id, None)
-            self._first = deque(job for job in self._first if job.window.sequence_id != sequence_id)
-            self._rest = deque(job for job in self._rest if job.window.sequence_id != sequence_id)
+            self._queue.cancel(sequence_id)
             self._done = [window for window in self._done if window.sequence_id != sequence_id]
 
     @property
@@ -378,8 +377,7 @@ class RayVocoderPool:
         atexit.unregister(self.close)
         with self._changed:
             self._closed = True
-            self._first.clear()
-            self._rest.clear()
+            self._queue.clear()
             self._unanswered.clear()
             self._done.clear()
             self._changed.notify_all()
@@ -442,7 +440,7 @@ class RayVocoderPool:
     def _has_work(self) -> bool:
         if self._closed or self._replies:
             return True
-        return bool(self._first or self._rest) and bool(self._free_workers())
+        return len(self._queue) > 0 and bool(self._free_workers())
 
     def _free_workers(self) -> list[_Worker]:
         workers = self._workers.values()
@@ -455,7 +453,7 @@ class RayVocoderPool:
             self._pids = [worker.pid for worker in ready if worker.pid is not None]
             self._stats = RayPoolStats(
                 workers=len(ready),
-                queued=len(self._first) + len(self._rest),
+                queued=len(self._queue),
                 in_flight=sum(len(worker.jobs()) for worker in ready),
                 restarts=self._num_restarts,
                 windows_decoded=self._num_decoded,
@@ -529,10 +527,10 @@ class RayVocoderPool:
             return
         while True:
             with self._changed:
-                self._changed.wait_for(lambda: self._first or self._rest or not self._needs_stand_in)
+                self._changed.wait_for(lambda: len(self._queue) or not self._needs_stand_in)
                 if not self._needs_stand_in:
                     return
-                job = (self._first or self._rest).popleft()
+                job = self._queue.pop()
             decoded = _lost(job, _CRASHED)
             try:
                 (decoded,) = decode_windows(codec, [job.window])
@@ -610,17 +608,16 @@ class RayVocoderPool:
         """Queue windows again, before the others. Needs the lock."""
         for job in reversed(jobs):
             if self._is_wanted(job):
-                (self._rest if job.window.index else self._first).appendleft(job)
+                self._queue.push(job, in_front=True)
 
     def _fail(self, job: _Job, cause: str) -> None:
         """Answer a window with VocoderLost. Needs the lock."""
         self._answer(_lost(job, cause))
 
     def _fail_queued(self, cause: str) -> None:
-        for job in (*self._first, *self._rest):
+        for job in self._queue:
             self._fail(job, cause)
-        self._first.clear()
-        self._rest.clear()
+        self._queue.clear()
 
     # Life and death of workers.
 
@@ -713,7 +710,7 @@ class RayVocoderPool:
         self._start_workers(now)
         num_ready = sum(worker.pid is not None for worker in self._workers.values())
         with self._changed:
-            num_queued = len(self._first) + len(self._rest)
+            num_queued = len(self._queue)
         if num_queued <= _MAX_CALLS_PER_WORKER * num_ready * self._windows_per_call():
             self._crowded_since = None
         elif self._crowded_since is None:
@@ -740,7 +737,8 @@ class RayVocoderPool:
     def _windows_per_call(self) -> int:
         if self._window_s <= 0:
             return 1
-        return max(1, min(self._options.max_windows_per_call, int(_CALL_TARGET_S / self._window_s)))
+        target_s = _CPU_CALL_TARGET_S if self._recipe.device == "cpu" else _CALL_TARGET_S
+        return max(1, min(self._options.max_windows_per_call, int(target_s / self._window_s)))
 
     def _dispatch(self, now: float) -> None:
         """Fill the workers' calls, always the one with the least to do first."""
@@ -767,15 +765,19 @@ class RayVocoderPool:
         A window that a worker died over goes alone, so that it takes no neighbour with it. On the CPU a first
         window does too: a call's windows are decoded one by one there, and its samples leave at the end.
         """
-        queue = self._first or self._rest
-        limit = min(self._windows_per_call(), math.ceil((len(self._first) + len(self._rest)) / num_free))
-        if queue is self._first and self._recipe.device == "cpu":
+        queue = self._queue
+        if not len(queue):
+            return []
+        limit = min(self._windows_per_call(), math.ceil(len(queue) / num_free))
+        is_first = queue.peek().window.index == 0
+        if is_first and self._recipe.device == "cpu":
             limit = 1
-        jobs: list[_Job] = []
-        while queue and len(jobs) < limit and not (jobs and queue[0].num_lost):
-            jobs.append(queue.popleft())
-            if jobs[0].num_lost:
+        jobs = [queue.pop()]
+        while len(queue) and len(jobs) < limit and not jobs[0].num_lost:
+            following = queue.peek()
+            if following.num_lost or (following.window.index == 0) != is_first:
                 break
+            jobs.append(queue.pop())
         return jobs
 
 

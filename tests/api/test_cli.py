@@ -205,15 +205,15 @@ def test_serve_ends_when_the_model_cannot_be_loaded() -> None:
 
 def test_serve_uses_ray_unless_told() -> None:
     wanted = {
-        (): EngineConfig(vocoder="ray"),
-        ("--vocoder", "inline"): EngineConfig(vocoder="inline"),
+        (): EngineConfig(vocoder="ray", shed="late"),
+        ("--vocoder", "inline", "--shed", "full"): EngineConfig(vocoder="inline", shed="full"),
         ("--workers", "2:5", "--ray-address", "auto"): EngineConfig(
-            vocoder="ray", vocoder_workers=(2, 5), ray_address="auto"
+            vocoder="ray", shed="late", vocoder_workers=(2, 5), ray_address="auto"
         ),
         ("--workers", "3", "--max-batch", "8", "--max-waiting", "9", "--memory-gb", "1.5"): EngineConfig(
-            vocoder="ray", vocoder_workers=(3, 3), max_batch=8, max_waiting=9, memory_gb=1.5
+            vocoder="ray", shed="late", vocoder_workers=(3, 3), max_batch=8, max_waiting=9, memory_gb=1.5
         ),
-        ("--eager",): EngineConfig(vocoder="ray", eager=True),
+        ("--eager",): EngineConfig(vocoder="ray", shed="late", eager=True),
     }
     for arguments, config in wanted.items():
         factory = Factory(failure=ModelLoadError("stop here"))
@@ -226,7 +226,7 @@ def test_serve_takes_its_options_from_the_environment_too(monkeypatch: pytest.Mo
     monkeypatch.setenv("DECLAIM_SERVE_VOCODER", "inline")
     factory = Factory(failure=ModelLoadError("stop here"))
     assert invoke(factory, "serve", "--port", "0", "--vocoder", "ray").exit_code == 1
-    assert factory.calls == [("lark", EngineConfig(vocoder="ray", max_batch=5))]
+    assert factory.calls == [("lark", EngineConfig(vocoder="ray", shed="late", max_batch=5))]
 
 
 def test_serve_says_who_may_come_in() -> None:

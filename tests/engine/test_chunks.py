@@ -76,14 +76,25 @@ def test_no_frame_gives_one_empty_last_cut() -> None:
 
 
 def test_frames_that_end_with_a_window_leave_no_empty_window_behind() -> None:
-    cuts = all_at_once(ChunkPolicy(4, 16), codec(0, 0), 4 + 8)
-    assert [(cut.first, cut.last, cut.is_last) for cut in cuts] == [(0, 4, False), (4, 12, True)]
+    cuts = all_at_once(ChunkPolicy(4, 16), codec(0, 0), 4 + 4 + 8)
+    assert [(cut.first, cut.last, cut.is_last) for cut in cuts] == [(0, 4, False), (4, 8, False), (8, 16, True)]
 
 
-def test_windows_double_up_to_the_largest() -> None:
+def test_windows_double_in_pairs_up_to_the_largest() -> None:
     policy = ChunkPolicy(3, 40)
-    assert [policy.length(i) for i in range(7)] == [3, 6, 12, 24, 40, 40, 40]
+    assert [policy.length(i) for i in range(10)] == [3, 3, 6, 6, 12, 12, 24, 24, 40, 40]
     assert policy.length(10**6) == 40
+
+
+@pytest.mark.parametrize("right", [0, 4, 10])
+def test_a_stream_made_half_again_as_fast_as_it_plays_never_runs_dry(right: int) -> None:
+    """In frames: played one a tick from the first window on, made 1.5 a tick, decoded in no time."""
+    planner, speed = ChunkPlanner(ChunkPolicy(4, 32), codec(0, right)), 1.5
+    cuts = [cut for made in range(1000) for cut in planner.ready(made, is_done=False)]
+    came_at = [(cut.last + max(1, right)) / speed for cut in cuts]
+    played_out_at = [came_at[0] + cut.last for cut in cuts]
+    assert len(cuts) > 30
+    assert all(came <= played_out + 1e-9 for came, played_out in zip(came_at[1:], played_out_at, strict=False))
 
 
 @pytest.mark.parametrize(
