@@ -81,8 +81,8 @@ def test_the_trained_codec_and_the_engines_agree_and_four_frames_ahead_are_all_i
         decoded = codec.decode(codes[:, :, : frame + 1 + num_frames], first=frame, last=frame + 1)[0]
         return float((decoded - heard).abs().max())
 
-    assert ahead(4) < 1e-6
-    assert ahead(3) > 1e-6
+    assert ahead(4) < 1e-8
+    assert ahead(3) > 1e-8
 
 
 def test_losses_are_logged_plotted_and_fall(work: Path) -> None:
