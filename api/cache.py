@@ -5,8 +5,8 @@ decides the answer, the tenant included, so no tenant ever reads another's. Ever
 compared before it is used. A disk that fails costs a request nothing but the cache. Synchronous: call it from a worker
 thread.
 
-A request without a seed asks for any take, so an earlier take is an answer to it. The model is known by its name: give
-changed weights another name, or another folder.
+A request without a seed asks for any take, so an earlier take is an answer to it. The model is known by its name and by
+its files: other weights in the same folder are another model.
 """
 
 from __future__ import annotations
@@ -45,12 +45,14 @@ class StoredSpeech:
     finish_reason: FinishReason
 
 
-def cache_key(request: SpeechRequest, *, model_name: str, spec: ModelSpec, rendering: object) -> str:
-    """The name of an answer: 64 hex digits. rendering: whatever decides its bytes beyond the request; has a repr."""
+def cache_key(request: SpeechRequest, *, model_name: str, fingerprint: str, spec: ModelSpec, rendering: object) -> str:
+    """The name of an answer: 64 hex digits. fingerprint: of the model's files. rendering: whatever decides its bytes
+    beyond the request; has a repr."""
     sampling = dataclasses.asdict(request.sampling)
     parts = {
         "tenant": request.tenant,
         "model": model_name,
+        "fingerprint": fingerprint,
         "spec": repr(spec),
         "text": request.text,
         "voice": _voice_identity(request.voice),

@@ -144,8 +144,8 @@ class EngineLink:
             case "progress":
                 self._on_progress(header["stage"], header["done"], header["total"])
             case "ready":
-                model_name, spec = pickle.loads(payload)
-                self.ready.set_result(RemoteEngine(self, model_name, spec))
+                model_name, fingerprint, spec = pickle.loads(payload)
+                self.ready.set_result(RemoteEngine(self, model_name, fingerprint, spec))
             case "drain" | "stop":
                 self._on_order(header["kind"])
             case _ if header["id"] in self._inboxes:  # else it was cancelled meanwhile
@@ -198,8 +198,9 @@ class RemoteEngine:
     `astream` belongs to the event loop of its link, all other methods to any other thread.
     """
 
-    def __init__(self, link: EngineLink, model_name: str, spec: ModelSpec) -> None:
+    def __init__(self, link: EngineLink, model_name: str, fingerprint: str, spec: ModelSpec) -> None:
         self.model_name = model_name
+        self.fingerprint = fingerprint
         self.spec = spec
         self._link = link
 
@@ -329,7 +330,7 @@ class _EngineClient:
                 told = progress
                 self._frames.post({"kind": "progress", "stage": progress[0], "done": progress[1], "total": 100})
             await asyncio.sleep(_PROGRESS_S)
-        self._frames.post({"kind": "ready"}, pickle.dumps((engine.model_name, engine.spec)))
+        self._frames.post({"kind": "ready"}, pickle.dumps((engine.model_name, engine.fingerprint, engine.spec)))
 
     def _take(self, header: Header, payload: bytes) -> None:
         """Raises: BadFrame, ValueError, KeyError or TypeError for what no process of ours sends."""

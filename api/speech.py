@@ -323,7 +323,13 @@ class _Speech:
     ) -> Response:
         how = Rendering(form.audio_format, form.sample_rate_hz, tempo_of(body, engine.spec))
         parts, account.is_cached = await self._renders.open(
-            lambda: cache_key(speech, model_name=engine.model_name, spec=engine.spec, rendering=how),
+            lambda: cache_key(
+                speech,
+                model_name=engine.model_name,
+                fingerprint=engine.fingerprint,
+                spec=engine.spec,
+                rendering=how,
+            ),
             lambda: render(engine, speech, how, self._workers),
         )
         listening = Listening(parts, request)

@@ -48,6 +48,7 @@ from declaim.engine.errors import (
 from declaim.engine.graphs import GraphRunner
 from declaim.engine.guard import Guard, with_another_seed
 from declaim.engine.integrity import QUANTIZATION_NAME
+from declaim.engine.integrity import fingerprint as fingerprint_of
 from declaim.engine.lexicon import Lexicon
 from declaim.engine.loader import EMBEDDED_NAME, ModelFiles, find_model, load_model
 from declaim.engine.memory import (
@@ -107,6 +108,7 @@ class _Ticket:
     prompts: tuple[Prompt, ...]
     samplings: tuple[ResolvedSampling, ...]
     guards: tuple[Guard | None, ...]
+    ends_paragraph: tuple[bool, ...]
     paced: bool
     max_frames: int | None
     tenant: str
@@ -134,18 +136,21 @@ class Engine:
         load_encoder: Callable[[], Codec] | None = None,
         load_speaker: Callable[[], SpeakerEncoder] | None = None,
         plan: DevicePlan | None = None,
+        fingerprint: str = "",
         progress: Progress = ignore_progress,
     ) -> None:
         """Allocate memory as planned, and start the thread. `config` is resolved.
 
         load_encoder: loads the codec with what encodes reference audio; None if the family clones no voices.
         load_speaker: loads what makes an embedding of reference audio; None if the family has none, or it is not here.
+        fingerprint: of the model's files (`integrity.fingerprint`); "" where it was made without any.
         plan: made before the model was loaded; None plans for the loaded model alone.
         progress: hears of the graphs that are captured.
         Raises: OutOfMemory, and whatever `make_vocoder` raises.
         """
         self.spec: ModelSpec = model.spec
         self.model_name = model_name
+        self.fingerprint = fingerprint
         self.config = config
         self.device_plan = plan
         self.plan: MemoryPlan = _plan_cache(model, config, plan)
@@ -214,6 +219,8 @@ class Engine:
         Raises: ModelNotFound, ModelLoadError, InvalidConfig, OutOfMemory, EngineError (Ray unreachable).
         """
         files = find_model(str(model), progress)
+        # Before they are read: what is written over them meanwhile must not pass for what was loaded.
+        fingerprint = fingerprint_of(files.folder, files.codec_folder)
         plan, resolved = _plan_device(files, config or EngineConfig())
         loaded, codec, recipe = load_model(files, resolved, progress, is_text_offloaded=plan.is_text_offloaded)
         encoder_device = "cpu" if plan.is_reference_offloaded else recipe.device
@@ -224,6 +231,7 @@ class Engine:
             resolved,
             make_vocoder=lambda wake: _make_vocoder(resolved, codec, recipe, wake=wake, plan=plan),
             model_name=files.name,
+            fingerprint=fingerprint,
             plan=plan,
             progress=progress,
             load_speaker=(
@@ -371,6 +379,7 @@ class Engine:
         options = TextOptions(request.language, request.normalize, Lexicon.of(request.lexicon))
         segments = self._model.segments(request.text, options)
         guards = tuple(Guard.of(segment.text, self.spec, speed=request.speed) for segment in segments)
+        ends_paragraph = tuple(segment.ends_paragraph for segment in segments)
         if not request.word_timestamps:
             segments = [Segment(segment.text) for segment in segments]
         settings = PromptSettings(
@@ -393,6 +402,7 @@ class Engine:
                 for i in range(len(prompts))
             ),
             guards=guards,
+            ends_paragraph=ends_paragraph,
             paced=paced,
             max_frames=(
                 max(1, int(resolved.max_seconds * self.spec.codec.frame_rate_hz + 1e-6))
@@ -630,6 +640,7 @@ class Engine:
             policy=self._policy,
             max_frames=ticket.max_frames,
             guards=ticket.guards,
+            ends_paragraph=ticket.ends_paragraph,
         )
         self._streams[ticket.request_id] = stream
         self._owners |= {sequence.sequence_id: stream for sequence in sequences}

@@ -249,9 +249,7 @@ class GraphRunner:
         sequence = entry.sequence
         return sequence.sequence_id in self._seat_of and sequence.num_cached > 0 and sequence.num_pending == 1
 
-    def _reader(
-        self, batch: Batch, order: list[Entry], parts: list[torch.Tensor]
-    ) -> Callable[[], NDArray[np.int32]]:
+    def _reader(self, batch: Batch, order: list[Entry], parts: list[torch.Tensor]) -> Callable[[], NDArray[np.int32]]:
         """Start copying the drawn codes to the host. parts: int32 [n, Q], together one row for each of `order`."""
         if not parts:
             return lambda: np.zeros((0, self._model.spec.rule.num_codebooks), dtype=np.int32)

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from declaim.kernels import backend
 from declaim.kernels.activation import silu_and_mul
 from declaim.kernels.int4 import CpuInt4Weight, Int4Weight, w4a16_matmul
-from declaim.kernels.matmul import matmul
+from declaim.kernels.matmul import finish, matmul
 
 TILE_ROWS = 16
 ONEDNN_MIN_WEIGHTS = 700_000
@@ -53,20 +53,20 @@ def pack_linear(weight: torch.Tensor, *, bias: torch.Tensor | None = None) -> Li
     return Linear(weight.t().contiguous(), bias, num_out, is_packed=False)
 
 
-def linear(x: torch.Tensor, layer: Linear) -> torch.Tensor:
-    """x [M, in] contiguous -> [M, out] in the dtype of x.
+def linear(x: torch.Tensor, layer: Linear, *, residual: torch.Tensor | None = None) -> torch.Tensor:
+    """x [M, in] contiguous, through the layer, + residual [M, out] -> [M, out] in the dtype of x.
 
-    Row i of the result depends on row i of x alone, to the last bit; GPUs below compute capability 8.0 excepted.
+    Row i of the result depends on row i of x and of residual alone, to the last bit; GPUs below compute capability 8.0
+    excepted.
     """
     weight = layer.weight
     if not isinstance(weight, torch.Tensor):
-        return w4a16_matmul(x, weight, bias=layer.bias)
+        return w4a16_matmul(x, weight, bias=layer.bias, residual=residual)
     if backend.use_triton(x):
-        return matmul(x, weight, num_out=layer.num_out, bias=layer.bias)
+        return matmul(x, weight, num_out=layer.num_out, bias=layer.bias, residual=residual)
     if layer.is_packed:
-        return _matmul_onednn(x, weight, layer)
-    y = _matmul_by_tiles(x, weight)
-    return y if layer.bias is None else y + layer.bias
+        return finish(_matmul_onednn(x, weight, layer), None, residual, is_gated=False)
+    return finish(_matmul_by_tiles(x, weight), layer.bias, residual, is_gated=False)
 
 
 def gated_linear(x: torch.Tensor, layer: Linear) -> torch.Tensor:

@@ -383,9 +383,8 @@ def _by_rows(function: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) 
 
 def _past(state: torch.Tensor, plan: StatePlan) -> torch.Tensor:
     """A copy of each sequence's state, zero for new ones, float32 [S, ...]."""
-    past = state[plan.slots].float()
-    past[plan.is_new] = 0.0
-    return past
+    past = state.index_select(0, plan.slots).float()
+    return past.masked_fill_(plan.is_new[:, None, None], 0.0) if plan.is_new.any() else past
 
 
 def _causal_conv_cpu(
@@ -393,11 +392,12 @@ def _causal_conv_cpu(
 ) -> torch.Tensor:
     past, taps, wide = _past(state, plan), weight.float(), x.float()
     if len(plan.slots) == len(x):  # one position each
-        inputs = torch.cat([past, wide[:, None]], dim=1)
-        total = bias.float() + taps[0] * inputs[:, 0]
-        for k in range(1, len(taps)):
-            total = total + taps[k] * inputs[:, k]
-        state[plan.slots] = inputs[:, 1:].to(state.dtype)
+        total = taps[0] * past[:, 0]
+        total += bias.float()
+        for k in range(1, len(taps) - 1):
+            total += taps[k] * past[:, k]
+        total += taps[-1] * wide
+        state[plan.slots] = torch.cat([past[:, 1:], wide[:, None]], dim=1).to(state.dtype)
     else:
         parts = []
         for i, (begin, end, slot, _) in enumerate(_runs(plan)):
@@ -420,23 +420,26 @@ def _state_scan_cpu(
     state: torch.Tensor,
     plan: StatePlan,
 ) -> torch.Tensor:
-    """All sequences' first new positions together, then all second ones, and so on."""
+    """One sequence after the other, and in place: a state then stays in the processor's cache while it is worked on,
+    where those of a whole batch would go through memory at every operation."""
     _, num_heads, head_dim, size = state.shape
     x, b, c = xbc.float().split([num_heads * head_dim, size, size], dim=1)
     x = x.view(len(xbc), num_heads, head_dim)
     step = _by_rows(F.softplus, dt.float() + dt_bias)
-    kept = _by_rows(torch.exp, step * decay)
-    gain = step[:, :, None] * b[:, None]
-    matrices = _past(state, plan)
+    kept = _by_rows(torch.exp, step * decay)[:, :, None, None]
+    gain = (step[:, :, None] * b[:, None])[:, :, None]
+    inputs, c = x[..., None], c[:, None, None]
     out = torch.empty_like(x)
-    starts = plan.query_start.long()
-    counts = starts.diff()
-    for i in range(int(counts.max())):
-        active = (counts > i).nonzero().flatten()
-        rows = starts[active] + i
-        moved = matrices[active] * kept[rows][:, :, None, None]
-        moved += x[rows][:, :, :, None] * gain[rows][:, :, None]
-        out[rows] = (moved * c[rows][:, None, None]).sum(-1) + skip[:, None] * x[rows]
-        matrices[active] = moved.to(state.dtype).float()
-    state[plan.slots] = matrices.to(state.dtype)
+    products = torch.empty(num_heads, head_dim, size)
+    for begin, end, slot, is_new in _runs(plan):
+        stored = state[slot]
+        if is_new:
+            stored.zero_()
+        matrices = stored.float()  # of a float32 state no copy
+        for i in range(begin, end):
+            matrices.mul_(kept[i]).addcmul_(inputs[i], gain[i])
+            torch.sum(torch.mul(matrices, c[i], out=products), -1, out=out[i])
+            if stored is not matrices:
+                matrices.copy_(stored.copy_(matrices))
+    out += skip[:, None] * x
     return out.flatten(1).to(xbc.dtype)

@@ -13,7 +13,7 @@ import torch
 
 from declaim.engine.errors import InvalidRequest
 from declaim.engine.models.base import Prefill, PromptSettings, StepContext
-from declaim.engine.models.layers import AttentionShape, AttentionWeights, MlpWeights, mlp, self_attention
+from declaim.engine.models.layers import AttentionShape, AttentionWeights, MlpWeights, attend, mlp
 from declaim.engine.sequence import Prompt
 from declaim.engine.spec import (
     AllowedIds,
@@ -136,17 +136,16 @@ class FakeModel:
     def forward(self, x: torch.Tensor, context: StepContext) -> torch.Tensor:
         angles = self._angles[context.positions]
         for (attention, feed_forward), cache in zip(self._layers, context.caches, strict=True):
-            x = x + self_attention(
-                x,
+            x = x + attend(
+                rms_norm(x, attention.norm, eps=1e-5),
                 attention,
                 SHAPE,
-                eps=1e-5,
                 angles=angles,
                 slots=context.slots,
                 cache=cache,
                 plan=context.attention,
             )
-            x = x + mlp(x, feed_forward, eps=1e-5)
+            x = mlp(x, feed_forward, eps=1e-5)
         return rms_norm(x[context.last], torch.ones(HIDDEN), eps=1e-5)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:

@@ -154,8 +154,8 @@ class _Encoder:
         """int64 [L] -> [L, encoder_hidden]."""
         x, angles = self.embedding[text_ids], self.angles[: len(text_ids)]
         for attention, feed_forward in self.layers:
-            x = x + full_attention(x, attention, config.encoder_shape, eps=config.eps, angles=angles)
-            x = x + mlp(x, feed_forward, eps=config.eps)
+            x = full_attention(x, attention, config.encoder_shape, eps=config.eps, angles=angles)
+            x = mlp(x, feed_forward, eps=config.eps)
         return rms_norm(x, self.norm, eps=config.eps)
 
 

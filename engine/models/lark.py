@@ -190,8 +190,8 @@ class _TextSide:
         if self.speakers is not None:
             x = x + self.speakers[text_ids[0]]
         for attention, feed_forward in self.layers:
-            x = x + full_attention(x, attention, config.encoder_shape, eps=config.eps, angles=angles)
-            x = x + mlp(x, feed_forward, eps=config.eps)
+            x = full_attention(x, attention, config.encoder_shape, eps=config.eps, angles=angles)
+            x = mlp(x, feed_forward, eps=config.eps)
         return rms_norm(x, self.norm, eps=config.eps)
 
     def durations_s(self, encoded: torch.Tensor) -> torch.Tensor:
@@ -281,7 +281,7 @@ class LarkModel:
         turns = [(f"[S{mark.group(1)}] ", text[mark.end() : end]) for mark, end in zip(marks, ends, strict=True)]
         before = text[: marks[0].start()]
         return [
-            Segment(mark + piece.text, tuple(_shifted(word, len(mark)) for word in piece.words))
+            Segment(mark + piece.text, tuple(_shifted(word, len(mark)) for word in piece.words), piece.ends_paragraph)
             for mark, turn in (("", before), *turns)
             if is_speakable(turn)
             for piece in _spoken(turn, options)

@@ -1,8 +1,8 @@
 """The blocks that the families share: RMSNorm, rotary attention over the paged cache, SwiGLU, Mamba-2.
 
 A decoder keeps its residual stream as a pair: x, and `added`, what the last sublayer gave, which the next norm adds to
-x in its own launch (`add_rms_norm`). `attend` and `swiglu` go between two such norms. `self_attention`,
-`full_attention` and `mlp` are sublayers with their norm, for a stream that is one tensor.
+x in its own launch (`add_rms_norm`). `attend` and `swiglu` go between two such norms. An encoder's stream is one
+tensor: `full_attention` and `mlp` are sublayers with their norm, and add x where they multiply last.
 """
 
 from __future__ import annotations
@@ -142,31 +142,15 @@ def mamba(
     return linear(gated_rms_norm(y, projected[:, :inner], weights.norm, eps=shape.eps), weights.out)
 
 
-def swiglu(normed: torch.Tensor, weights: MlpWeights) -> torch.Tensor:
-    """[N, C] -> what the residual stream gains, [N, C]."""
-    return linear(gated_linear(normed, weights.gate_up), weights.down)
-
-
-def self_attention(
-    x: torch.Tensor,
-    weights: AttentionWeights,
-    shape: AttentionShape,
-    *,
-    eps: float,
-    angles: torch.Tensor,
-    slots: torch.Tensor,
-    cache: LayerCache,
-    plan: AttentionPlan,
-) -> torch.Tensor:
-    """`attend` behind its norm. x: [N, C] -> what the residual stream gains, [N, C]."""
-    normed = rms_norm(x, weights.norm, eps=eps)
-    return attend(normed, weights, shape, angles=angles, slots=slots, cache=cache, plan=plan)
+def swiglu(normed: torch.Tensor, weights: MlpWeights, *, residual: torch.Tensor | None = None) -> torch.Tensor:
+    """[N, C] -> what the residual stream gains, or with `residual` the stream after it, [N, C]."""
+    return linear(gated_linear(normed, weights.gate_up), weights.down, residual=residual)
 
 
 def full_attention(
     x: torch.Tensor, weights: AttentionWeights, shape: AttentionShape, *, eps: float, angles: torch.Tensor
 ) -> torch.Tensor:
-    """Bidirectional attention within one text. x: [L, C]; angles: [L, 2D] -> what the residual stream gains, [L, C]."""
+    """x + attention of a text to all of itself, behind its norm. x: [L, C]; angles: [L, 2D] -> [L, C]."""
     qkv = linear(rms_norm(x, weights.norm, eps=eps), weights.qkv)
     heads = qkv.view(len(x), -1, shape.head_dim)
     first_v = shape.num_heads + shape.num_kv_heads
@@ -177,9 +161,9 @@ def full_attention(
     keys = k.repeat_interleave(group, 1).transpose(0, 1)[None]
     values = v.repeat_interleave(group, 1).transpose(0, 1)[None]
     mixed = F.scaled_dot_product_attention(queries, keys, values, scale=shape.scale)
-    return linear(mixed[0].transpose(0, 1).reshape(x.shape[0], -1), weights.out)
+    return linear(mixed[0].transpose(0, 1).reshape(len(x), -1), weights.out, residual=x)
 
 
 def mlp(x: torch.Tensor, weights: MlpWeights, *, eps: float) -> torch.Tensor:
-    """`swiglu` behind its norm. x: [N, C] -> what the residual stream gains, [N, C]."""
-    return swiglu(rms_norm(x, weights.norm, eps=eps), weights)
+    """x + `swiglu` behind its norm. x: [N, C] -> [N, C]."""
+    return swiglu(rms_norm(x, weights.norm, eps=eps), weights, residual=x)

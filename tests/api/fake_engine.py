@@ -64,6 +64,7 @@ class FakeEngine:
 
     script: Script = Script()
     model_name: str = "lark"
+    fingerprint: str = "weights"
     gate: threading.Event | None = None
     warm_up_failure: Exception | None = None
     requests: list[SpeechRequest] = field(default_factory=list)

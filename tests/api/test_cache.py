@@ -161,15 +161,22 @@ def test_a_key_names_everything_that_decides_the_answer() -> None:
         replace(base, voice=EncodedVoice("x", codes + 1)),
         replace(base, voice=EncodedVoice("x", codes, np.ones(3, np.float32))),
     ]
-    spec = make_spec(24_000)
-    keys = [cache_key(request, model_name="lark", spec=spec, rendering="mp3") for request in others]
-    keys.append(cache_key(base, model_name="dia", spec=spec, rendering="mp3"))
-    keys.append(cache_key(base, model_name="lark", spec=spec, rendering="wav"))
+    known: dict[str, Any] = {
+        "model_name": "lark",
+        "fingerprint": "weights",
+        "spec": make_spec(24_000),
+        "rendering": "mp3",
+    }
+    keys = [cache_key(request, **known) for request in others]
+    keys += [
+        cache_key(base, **{**known, name: other})
+        for name, other in (("model_name", "dia"), ("fingerprint", "trained on"), ("rendering", "wav"))
+    ]
     assert len(set(keys)) == len(keys)
     again = replace(base, request_id="another", weight=3.0, tier="flex")
-    assert cache_key(again, model_name="lark", spec=spec, rendering="mp3") == keys[0]
+    assert cache_key(again, **known) == keys[0]
     same_voice = replace(base, voice=EncodedVoice("x", codes.copy()))
-    assert cache_key(same_voice, model_name="lark", spec=spec, rendering="mp3") == keys[12]
+    assert cache_key(same_voice, **known) == keys[12]
 
 
 @pytest.mark.parametrize("response_format", ["mp3", "wav", "pcm", "opus"])
@@ -191,6 +198,13 @@ def test_another_tenant_or_seed_is_spoken_anew(tmp_path: Path) -> None:
     app = app_of(engine, tmp_path)
     in_turn(app, tmp_path, {"seed": 1}, {"seed": 1, "key": "other"}, {"seed": 2}, {"seed": 1})
     assert len(engine.requests) == 3
+
+
+def test_other_weights_in_the_same_folder_are_asked_again(tmp_path: Path) -> None:
+    before, after = FakeEngine(), FakeEngine(fingerprint="trained on")
+    in_turn(app_of(before, tmp_path), tmp_path, {"seed": 1}, {"seed": 1})
+    assert post(app_of(after, tmp_path), seed=1).status_code == 200
+    assert (len(before.requests), len(after.requests)) == (1, 1)
 
 
 def test_identical_requests_in_flight_share_one_generation(tmp_path: Path) -> None:

@@ -93,6 +93,7 @@ def test_audio_and_words_arrive_bit_by_bit_as_the_engine_made_them() -> None:
                         assert getattr(chunk, field.name) == getattr(other, field.name)
             assert at.engine.finished == ["a"] and not at.engine.cancelled
             assert at.remote.model_name == "lark" and at.remote.spec == at.engine.spec
+            assert at.remote.fingerprint == at.engine.fingerprint == "weights"
             assert repr(at.remote.spec) == repr(at.engine.spec)  # what names the cache's files and voices
 
     asyncio.run(run())

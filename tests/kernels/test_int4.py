@@ -110,6 +110,7 @@ def test_bias_residual_and_gate() -> None:
     assert torch.equal(got, silu_and_mul(w4a16_matmul(x, placed, bias=bias)))
     layer = Linear(placed, bias, 64, is_packed=False)
     assert torch.equal(linear(x, layer), w4a16_matmul(x, placed, bias=bias))
+    assert torch.equal(linear(x, layer, residual=residual), residual + linear(x, layer))
     assert torch.equal(gated_linear(x, layer), got)
     with pytest.raises(ValueError, match="a gated product takes none"):
         w4a16_matmul(x, placed, residual=residual, is_gated=True)

@@ -62,6 +62,14 @@ def test_the_result_is_the_product_and_the_bias() -> None:
         torch.testing.assert_close(got.double(), expected, atol=1e-5 * scale, rtol=0)
 
 
+@pytest.mark.parametrize(("num_in", "num_out"), [(80, 112), (2048, 2048)])
+@pytest.mark.parametrize("num_rows", [1, 19])
+def test_a_residual_is_added_to_the_product(num_rows: int, num_in: int, num_out: int) -> None:
+    layer = pack_linear(random(num_out, num_in), bias=random(num_out, seed=1))
+    x, residual = random(num_rows, num_in, seed=2), random(num_rows, num_out, seed=3)
+    assert torch.equal(linear(x, layer, residual=residual), residual + linear(x, layer))
+
+
 def test_no_rows_give_no_rows() -> None:
     assert linear(torch.zeros(0, 5), pack_linear(random(3, 5))).shape == (0, 3)
 

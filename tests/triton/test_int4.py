@@ -128,6 +128,8 @@ def test_a_quantized_layer_is_what_linear_dispatches_on() -> None:
     x = random(4, 256, seed=2, dtype=torch.float16)
     assert_near(linear(x, layer), w4a16_matmul_reference(x, placed, bias=layer.bias))
     assert_near(gated_linear(x, layer), w4a16_matmul_reference(x, placed, bias=layer.bias, is_gated=True))
+    gained = linear(x, layer, residual=x[:, :64])
+    assert_near(gained, w4a16_matmul_reference(x, placed, bias=layer.bias, residual=x[:, :64]))
 
 
 def test_what_does_not_fit_is_refused() -> None:

@@ -55,6 +55,7 @@ def test_a_residual_is_added_before_rounding(num_in: int) -> None:
     residual = random(3, 64, seed=2, dtype=torch.float16)[:, 5:53]
     got = matmul(x, weight, num_out=48, residual=residual)
     assert_near(got, (x.float() @ weight.float() + residual.float()).half())
+    assert torch.equal(linear(x, pack_linear(weight.t()), residual=residual), got)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
