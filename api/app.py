@@ -222,10 +222,16 @@ def _build_health_router(serving: Serving, metrics: ServerMetrics, cache: Result
     @router.head("/ready", include_in_schema=False)
     @router.get("/ready")
     async def ready() -> JSONResponse:
-        """200 once a real request has gone through the engine and the vocoder, 503 with what is being done before."""
-        status = serving.stage
+        """200 once a real request has gone through the engine and the vocoder, 503 with what is being done before, and
+        where nothing can be decoded any more."""
+        status, failure = serving.stage, serving.failure
         stage, percent = serving.progress()
-        body = Readiness(status=status, stage=stage, percent=percent, error=serving.failure)
+        engine = serving.warm_engine
+        lost = None if engine is None else (await asyncio.to_thread(engine.stats)).vocoder_failure
+        if lost is not None:
+            status = stage = "failed"
+            failure = lost
+        body = Readiness(status=status, stage=stage, percent=percent, error=failure)
         return JSONResponse(body.model_dump(exclude_none=True), 200 if status == "ready" else 503)
 
     @router.get("/metrics")

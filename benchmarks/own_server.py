@@ -59,9 +59,11 @@ def own_server(
 ) -> Iterator[tuple[str, psutil.Process]]:
     """Serve on a free port, ready; its log is `log_of(name)`. Gives the URL, the process.
 
+    Nobody is refused for slowness, unless the arguments say so: what is judged here is whether streams are whole.
     environment: variables beside this process's own.
     """
-    command = [sys.executable, "-c", "from declaim.api.cli import main; main()", "serve", "--port", "0", *arguments]
+    command = [sys.executable, "-c", "from declaim.api.cli import main; main()"]
+    command += ["serve", "--port", "0", "--shed", "full", *arguments]
     log = log_of(name)
     with (
         log.open("w") as stderr,

@@ -47,7 +47,15 @@ def main() -> int:
     document = machine.begin(QUESTION, vars(args) | {"objective": asdict(objective), "texts": len(texts)})
     arrivals = Arrivals(texts, [Tenant("all")], 0, 1.0, args.seed, args.seconds)
     with tempfile.TemporaryDirectory(prefix="declaim-saturation-") as folder:
-        options = ["--vocoder", "inline", "--no-auth", "--database-url", f"sqlite:///{Path(folder) / 'declaim.db'}"]
+        options = [
+            "--shed",
+            "late",
+            "--vocoder",
+            "inline",
+            "--no-auth",
+            "--database-url",
+            f"sqlite:///{Path(folder) / 'declaim.db'}",
+        ]
         with own_server("saturation", [*options, *shlex.split(args.serve)]) as (url, _):
             target = Target(url=f"{url}/v1", model="tts-1", voice="alloy")
             runs, claims = saturate(target, arrivals, objective, begin_per_s=args.rate)

@@ -331,6 +331,7 @@ class Engine:
 
     def stats(self) -> EngineStats:
         """A snapshot, for metrics and tests."""
+        pool = self._vocoder if isinstance(self._vocoder, WorkerPool) else None
         return EngineStats(
             running=self._scheduler.num_running,
             waiting=self._scheduler.num_waiting + len(self._inbox),
@@ -343,8 +344,9 @@ class Engine:
             preemptions=self._scheduler.num_preemptions,
             retries=self._num_retries,
             underruns=self._num_underruns,
-            vocoder_workers=self._vocoder.num_workers if isinstance(self._vocoder, WorkerPool) else 0,
-            vocoder_restarts=self._vocoder.num_restarts if isinstance(self._vocoder, WorkerPool) else 0,
+            vocoder_workers=0 if pool is None else pool.num_workers,
+            vocoder_restarts=0 if pool is None else pool.num_restarts,
+            vocoder_failure=None if pool is None else pool.failure,
         )
 
     def close(self) -> None:

@@ -11,6 +11,7 @@ class EngineStats:
 
     retries: segments spoken anew with another seed. underruns: times that a listener had heard all there was.
     vocoder_workers: those ready to decode; 0 where the engine decodes itself. vocoder_restarts: workers lost.
+    vocoder_failure: why nothing will be decoded any more; None while it may be.
     """
 
     running: int
@@ -26,3 +27,4 @@ class EngineStats:
     underruns: int = 0
     vocoder_workers: int = 0
     vocoder_restarts: int = 0
+    vocoder_failure: str | None = None

@@ -87,6 +87,11 @@ class WorkerPool(Protocol):
         """Workers lost and replaced so far."""
         ...
 
+    @property
+    def failure(self) -> str | None:
+        """Why nothing will be decoded any more; None while it may be."""
+        ...
+
 
 Wake = Callable[[], None]
 """Called from any thread when `poll` has something new, so that the engine thread need not spin."""

@@ -368,6 +368,11 @@ class RayVocoderPool:
     def num_restarts(self) -> int:
         return self.stats().restarts
 
+    @property
+    def failure(self) -> str | None:
+        with self._changed:
+            return str(self._fatal or _CRASHED) if self._stopped and not self._closed else None
+
     def stats(self) -> RayPoolStats:
         with self._changed:
             return self._stats

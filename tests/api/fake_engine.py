@@ -65,6 +65,7 @@ class FakeEngine:
     script: Script = Script()
     model_name: str = "lark"
     fingerprint: str = "weights"
+    vocoder_failure: str | None = None
     gate: threading.Event | None = None
     warm_up_failure: Exception | None = None
     requests: list[SpeechRequest] = field(default_factory=list)
@@ -148,6 +149,7 @@ class FakeEngine:
             steps=900,
             frames=1000,
             preemptions=11,
+            vocoder_failure=self.vocoder_failure,
         )
 
     def close(self) -> None:

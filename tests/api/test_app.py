@@ -417,6 +417,9 @@ def test_readiness_tells_what_is_being_done_and_how_much_of_it(
     assert engine.gate is not None
     engine.gate.set()
     assert eventually(lambda: told() == {"status": "ready", "stage": "ready", "percent": 100})
+    engine.vocoder_failure = "Ray is gone"
+    assert told() == {"status": "failed", "stage": "failed", "percent": 100, "error": "Ray is gone"}
+    assert ask(app, "GET", "/ready").status_code == 503
 
 
 def test_closing_while_the_model_loads_closes_what_comes_of_it(

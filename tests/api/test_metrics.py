@@ -404,7 +404,7 @@ def serve_with(folder: Path, config: str, *flags: str, env: dict[str, str] | Non
 def test_a_flag_goes_before_the_environment_and_that_before_the_file(tmp_path: Path) -> None:
     config = 'model = "dia"\nmax_batch = 5\nmax_waiting = 6\nmemory_gb = 7\neager = true\nvocoder = "inline"\n'
     _, factory = serve_with(tmp_path, config)
-    asked = EngineConfig(vocoder="inline", max_batch=5, max_waiting=6, memory_gb=7.0, eager=True)
+    asked = EngineConfig(vocoder="inline", max_batch=5, max_waiting=6, shed="late", memory_gb=7.0, eager=True)
     assert factory.asked == [("dia", asked)]
     env = {"DECLAIM_SERVE_MAX_BATCH": "15", "DECLAIM_SERVE_MAX_WAITING": "16"}
     _, factory = serve_with(tmp_path, config, "--max-batch", "25", env=env)

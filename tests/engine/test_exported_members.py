@@ -58,7 +58,7 @@ def test_every_error_is_public_and_in_the_tree_that_its_module_draws() -> None:
 
 @pytest.mark.parametrize("path", sorted(ENGINE.rglob("*.py")), ids=lambda path: str(path.relative_to(ENGINE)))
 def test_every_error_that_a_docstring_names_exists(path: Path) -> None:
-    builtin = {"RuntimeError", "ValueError", "KeyError", "OSError"}
+    builtin = {"RuntimeError", "ValueError", "KeyError", "IndexError", "OSError"}
     for sentence in re.findall(r"Raises: ((?:[A-Z]\w+(?:, )?)+)", path.read_text(encoding="utf-8")):
         for name in sentence.rstrip(", ").split(", "):
             assert name in ERRORS or name in builtin, f"{path} promises {name}"

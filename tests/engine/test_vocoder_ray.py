@@ -297,6 +297,7 @@ def test_a_ray_that_is_not_the_pools_own_is_not_replaced_once_it_is_lost(
     errors = [window.error for window in client.drain().values() if window.error]
     assert errors and {type(error) for error in errors} == {VocoderLost}
     assert "raylet at here:1" in str(errors[0]) and "build a new pool" in str(errors[0])
+    assert "raylet at here:1" in (client.pool.failure or "")
 
 
 def copy_codec(tmp_path: Path) -> Path:
