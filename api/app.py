@@ -7,6 +7,7 @@ Serving.
 from __future__ import annotations
 
 import asyncio
+import hmac
 import os
 import time
 from collections.abc import AsyncIterator, Iterable, Mapping
@@ -137,7 +138,7 @@ def create_app(
         )
     )
     app.include_router(_build_models_router(serving, gate, is_public=settings.public_listings))
-    app.include_router(_build_health_router(serving, metrics, cache))
+    app.include_router(_build_health_router(serving, metrics, cache, metrics_token=settings.metrics_token))
     for router in routers:
         app.include_router(router)
     return AccessLayer(_for_browsers(app, settings), metrics)
@@ -200,7 +201,9 @@ def _build_models_router(serving: Serving, gate: Gate, *, is_public: bool) -> AP
     return router
 
 
-def _build_health_router(serving: Serving, metrics: ServerMetrics, cache: ResultCache | None) -> APIRouter:
+def _build_health_router(
+    serving: Serving, metrics: ServerMetrics, cache: ResultCache | None, *, metrics_token: str | None
+) -> APIRouter:
     router = APIRouter()
 
     @router.head("/", include_in_schema=False)
@@ -235,10 +238,12 @@ def _build_health_router(serving: Serving, metrics: ServerMetrics, cache: Result
         return JSONResponse(body.model_dump(exclude_none=True), 200 if status == "ready" else 503)
 
     @router.get("/metrics")
-    def scrape() -> Response:
-        """Prometheus text; in a worker thread, since it asks the engine."""
+    def scrape(request: Request) -> Response:
+        """Prometheus text; in a worker thread, since it asks the engine. Tenants are named to who brings the token."""
         if cache is not None:
             metrics.cache_bytes.set(cache.num_bytes)
-        return Response(metrics.text(), media_type=CONTENT_TYPE_LATEST)
+        token = credential_of(request.headers, request.query_params) or ""
+        names_tenants = metrics_token is not None and hmac.compare_digest(token.encode(), metrics_token.encode())
+        return Response(metrics.text(names_tenants=names_tenants), media_type=CONTENT_TYPE_LATEST)
 
     return router

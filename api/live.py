@@ -23,7 +23,7 @@ from typing import cast
 from fastapi import APIRouter, WebSocket
 
 from declaim.api.clauses import Granularity
-from declaim.api.errors import MissingParameter, answer_for, error_body
+from declaim.api.errors import MissingParameter, NotReady, answer_for, error_body
 from declaim.api.live_session import (
     ClauseAudio,
     ClauseBegun,
@@ -40,8 +40,10 @@ from declaim.api.pipeline import check_rate
 from declaim.api.reference import decode_reference
 from declaim.api.schemas import parse_speech_body
 from declaim.api.sockets import (
+    CLOSE_GOING_AWAY,
     CLOSE_NORMAL,
     CLOSE_POLICY,
+    STOPPING,
     Opening,
     Socket,
     SocketLimits,
@@ -115,6 +117,9 @@ class _LiveSocket:
                 awaited = "session.config" if self._config is None else "a message"
                 await self._tell(InvalidRequest(f"No {awaited} came in {limit_s:g} s: open another socket"))
                 return CLOSE_POLICY, "idle"
+            except NotReady as error:  # the server began to stop as this came
+                await self._tell(error)
+                return CLOSE_GOING_AWAY, STOPPING
             except DeclaimError as error:
                 await self._tell(error)
                 if self._config is None:

@@ -59,6 +59,19 @@ class _EngineCollector(Collector):
         yield CounterMetricFamily("declaim_underruns", "Times a listener had heard all there was", stats.underruns)
 
 
+class _WithoutTenants(Collector):
+    """What a registry tells, but nothing of tenants by name: who they are and what they ask for is nobody else's
+    business."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self._registry = registry
+
+    def collect(self) -> Iterator[Metric]:
+        for metric in self._registry.collect():
+            metric.samples = [sample for sample in metric.samples if sample.labels.get("tenant") in (None, NO_TENANT)]
+            yield metric
+
+
 class ServerMetrics:
     """The metrics of one server, and their text."""
 
@@ -107,16 +120,20 @@ class ServerMetrics:
         for collector in collectors:
             self._registry.register(collector)
 
-    def text(self) -> bytes:
-        """The exposition format, UTF-8."""
+    def text(self, *, names_tenants: bool) -> bytes:
+        """The exposition format, UTF-8. names_tenants: whether series of tenants are among them."""
+        registry = self._registry
         folder = os.environ.get("PROMETHEUS_MULTIPROC_DIR")
-        if folder is None:
-            return generate_latest(self._registry)
-        # One worker of several (workers.py): what all of them count lies in files, the engine is theirs together.
-        shared = CollectorRegistry()
-        MultiProcessCollector(shared, folder)  # type: ignore[no-untyped-call]
-        shared.register(self._engine)
-        return generate_latest(shared)
+        if folder is not None:
+            # One worker of several (workers.py): what all of them count lies in files, the engine is theirs together.
+            registry = CollectorRegistry()
+            MultiProcessCollector(registry, folder)  # type: ignore[no-untyped-call]
+            registry.register(self._engine)
+        if names_tenants:
+            return generate_latest(registry)
+        nameless = CollectorRegistry(auto_describe=False)
+        nameless.register(_WithoutTenants(registry))
+        return generate_latest(nameless)
 
 
 def make_socket_gauge() -> Gauge:

@@ -90,6 +90,13 @@ PublicListingsOption = Annotated[
     bool,
     typer.Option("--public-listings", help="List models and own voices without a key.", rich_help_panel=_ACCESS),
 ]
+MetricsTokenOption = Annotated[
+    str | None,
+    typer.Option(
+        help="/metrics names tenants only to who brings this as a bearer; better set in the environment.",
+        rich_help_panel=_ACCESS,
+    ),
+]
 CorsOption = Annotated[
     list[str] | None,
     typer.Option(help="A web page's origin that may call; * is any. Repeatable.", rich_help_panel=_ACCESS),

@@ -19,7 +19,8 @@ class ApiSettings:
     max_input_chars: the longest input; OpenAI takes 4096. strict: refuse fields that are not known, as OpenAI does,
     rather than ignore them. public_listings: list models to callers without a key, since several clients probe so.
     cors_origins: web pages that may call from a browser; "*" is every page. keepalive_s: after so long without audio an
-    event stream gets a comment. cache_folder: where answers are kept to be given again; None keeps none.
+    event stream gets a comment. metrics_token: to whoever brings it, /metrics names tenants. cache_folder: where
+    answers are kept to be given again; None keeps none.
 
     Raises: InvalidConfig.
     """
@@ -29,12 +30,18 @@ class ApiSettings:
     public_listings: bool = False
     cors_origins: tuple[str, ...] = ()
     keepalive_s: float = 5.0
+    metrics_token: str | None = None
     cache_folder: Path | None = None
     cache_bytes: int = 1 << 30
 
     def __post_init__(self) -> None:
         if self.max_input_chars < 1:
             raise InvalidConfig(f"max_input_chars is {self.max_input_chars}: it must be at least 1")
+        if self.metrics_token is not None and len(self.metrics_token) < 16:
+            raise InvalidConfig(
+                f"metrics_token has {len(self.metrics_token)} characters: give it 16 or more, such as `openssl rand"
+                " -hex 16` makes, or none"
+            )
         if self.cache_bytes < 1:
             raise InvalidConfig(f"the cache may hold {self.cache_bytes} bytes: give it at least 1, or no folder")
 

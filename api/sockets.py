@@ -30,7 +30,7 @@ CLOSE_INTERNAL = 1011
 _KEY_PROTOCOLS = ("token", "bearer")
 _KEY_PREFIX = "openai-insecure-api-key."
 _MAX_INLINE_CHARS = 64 << 10
-_STOPPING = "the server is stopping: connect again, another one will answer"
+STOPPING = "the server is stopping: connect again, another one will answer"
 
 
 @dataclass(frozen=True, slots=True)
@@ -255,7 +255,7 @@ async def serve_socket(socket: Socket, session: SocketSession, *, stopping: asyn
 
 async def _finish(session: SocketSession) -> tuple[int, str]:
     await session.finish()
-    return CLOSE_GOING_AWAY, _STOPPING
+    return CLOSE_GOING_AWAY, STOPPING
 
 
 async def finish_while_open(socket: Socket, finish: Coroutine[None, None, None], *, cancel: str) -> bool:

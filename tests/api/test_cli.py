@@ -187,6 +187,7 @@ def test_serve_names_the_port_that_is_taken() -> None:
         (["--max-batch", "0"], ["max_batch is 0"]),
         (["--memory-gb", "-2"], ["memory_gb is -2"]),
         (["--max-input-chars", "0"], ["max_input_chars is 0"]),
+        (["--metrics-token", "short"], ["metrics_token has 5 characters", "16 or more"]),
         (["--cache-dir", "c", "--cache-gb", "-1"], ["-1000000000 bytes"]),
         (["--host", "0.0.0.0"], ["no API key", "declaim keys create", "--no-auth"]),
         (["--database-url", "mysql://x/y"], ["mysql"]),

@@ -63,9 +63,10 @@ def in_tmp_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
 
 
-def scrape(address: str) -> dict[str, float]:
+def scrape(address: str, token: str | None = None) -> dict[str, float]:
     """Name or name|label|label -> value, labels in the order of their names."""
-    families = text_string_to_metric_families(httpx.get(f"http://{address}/metrics").text)
+    headers = {} if token is None else {"authorization": f"Bearer {token}"}
+    families = text_string_to_metric_families(httpx.get(f"http://{address}/metrics", headers=headers).text)
     return {
         "|".join((sample.name, *(sample.labels[label] for label in sorted(sample.labels)))): sample.value
         for family in families
@@ -106,7 +107,8 @@ def test_a_streamed_request_leaves_its_first_audio_its_gaps_and_its_real_time_fa
 
 
 def test_tenants_are_counted_by_name_and_their_refusals_by_limit(tmp_path: Path) -> None:
-    with server(tmp_path, FakeEngine()) as (address, database):
+    token = "a token of the operator"
+    with server(tmp_path, FakeEngine(), ApiSettings(metrics_token=token)) as (address, database):
         url = f"http://{address}{SPEECH}"
         for tenant, limits, refused in (
             ("few", Limits(requests_per_minute=1), "requests"),
@@ -116,10 +118,14 @@ def test_tenants_are_counted_by_name_and_their_refusals_by_limit(tmp_path: Path)
             headers = make_key(database, tenant, limits)
             answers = [httpx.post(url, json=BODY, headers=headers).status_code for _ in range(2)]
             assert answers == [200, 429], tenant
-            values = scrape(address)
+            values = scrape(address, token)
             assert values[f"declaim_rate_limited_total|{refused}"] == 1
             assert values[f"declaim_tenant_requests_total|complete|{tenant}"] == 1
             assert values[f"declaim_tenant_characters_total|{tenant}"] == 6
+        for other in (None, "another token that is long"):
+            told = scrape(address, other)
+            assert told["declaim_rate_limited_total|quota"] == 1
+            assert not [name for name in told if "poor" in name]
     assert values["declaim_rate_limited_total|streams"] == 0
 
 
@@ -256,7 +262,8 @@ def test_sockets_that_say_nothing_are_closed_at_once_and_told_why_while_another_
             process.send_signal(signal.SIGTERM)
             for socket in (deepgram, live):
                 with pytest.raises(ConnectionClosed) as closed:
-                    socket.recv(10)
+                    while True:  # what was said before
+                        socket.recv(10)
                 assert closed.value.rcvd is not None and closed.value.rcvd.code == 1001
                 assert "connect again" in closed.value.rcvd.reason
             assert process.poll() is None and httpx.get(url + "/ready").json()["status"] == "draining"
