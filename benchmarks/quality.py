@@ -11,7 +11,11 @@ The gate: int4 as the family's table (engine/config.py) has it agrees on --gate 
 --search asks for it, the script says which table would: it makes one kind of layer int4 at a time, and then all of
 them, the least divergence for each byte saved first, for as long as the gate holds. A gate that fails exits with 1.
 
-    python benchmarks/quality.py [--sentences N] [--gate 0.97] [--search] [--rounding] [--threads N] [--quick]
+--words: what a recogniser hears of N held-out sentences that each precision speaks as it is served here (voice.py says
+how words are counted; it needs declaim[train]).
+
+    python benchmarks/quality.py [--sentences N] [--gate 0.97] [--search] [--rounding] [--words N] [--threads N]
+        [--quick]
 """
 
 from __future__ import annotations
@@ -270,12 +274,29 @@ def _compare_roundings(spec: ModelSpec, cases: Sequence[Case], recipe: Int4Recip
     return {name: score.summary() for name, score in scores.items()}
 
 
+def _word_errors(count: int) -> dict[str, float]:
+    """Percent of the words of held-out sentences that are not heard right, by what `--dtype` says."""
+    import voice
+
+    recogniser, texts = voice.Recogniser(), voice.held_out(count)
+    errors: dict[str, float] = {}
+    for dtype in ("float32", "bfloat16", "int4"):
+        with Engine.from_pretrained(config=EngineConfig(device="cpu", dtype=dtype)) as engine:
+            heard = voice.listen(voice.speaker_of(engine, None), texts, recogniser)
+        errors[dtype] = float(heard.summary()["word_error_percent"])
+    machine.print_table(
+        f"What is heard of {count} held-out sentences", ("--dtype", "word errors, %"), list(errors.items())
+    )
+    return errors
+
+
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=QUESTION)
     parser.add_argument("--sentences", type=int, default=20)
     parser.add_argument("--gate", type=float, default=0.97, help="agreement that int4 must keep")
     parser.add_argument("--search", action="store_true", help="look for a table even where the gate is passed")
     parser.add_argument("--rounding", action="store_true", help="compare ways to round, too")
+    parser.add_argument("--words", type=int, default=0, metavar="N", help="have N sentences recognised, too")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--quick", action="store_true", help="two sentences")
     return parser.parse_args()
@@ -309,6 +330,7 @@ def main() -> int:
         [(name, *score.summary().values(), models[name].weight_bytes / 1e6) for name, score in scores.items()],
     )
     machine.print_table("SQNR of layers as int4", ("layer", "dB"), list(sqnr.items()))
+    errors = _word_errors(args.words) if args.words else {}
     roundings = _compare_roundings(spec, cases, recipe) if args.rounding else {}
     passed = scores[GATED].agreement >= args.gate
     dense = _search(spec, cases, reference, recipe, args.gate) if args.search or not passed else ()
@@ -320,6 +342,7 @@ def main() -> int:
         {
             "precisions": {name: score.summary() for name, score in scores.items()},
             "sqnr_db": sqnr,
+            "word_error_percent": errors,
             "roundings": roundings,
             "passed": passed,
             "leave_dense": list(dense),
