@@ -45,7 +45,7 @@ from declaim.engine.text import TextOptions
 from declaim.kernels import int4
 from declaim.kernels.attention import plan_attention
 from declaim.kernels.kv_cache import allocate_cache
-from declaim.kernels.linear import Linear, linear
+from declaim.kernels.linear import Linear, gated_linear, linear
 
 QUESTION = "Quality of the embedded voice by precision: next codes, durations, and layers' outputs"
 CPU = torch.device("cpu")
@@ -183,11 +183,15 @@ def _sqnr_db(reference: LarkModel, quantized: LarkModel, cases: Sequence[Case]) 
     """By layer, in decibels, over the inputs that float32 has in all cases."""
     inputs: dict[int, list[torch.Tensor]] = defaultdict(list)
 
-    def recorded(x: torch.Tensor, layer: Linear) -> torch.Tensor:
+    def recorded(x: torch.Tensor, layer: Linear, *, residual: torch.Tensor | None = None) -> torch.Tensor:
         inputs[id(layer)].append(x.clone())
-        return linear(x, layer)
+        return linear(x, layer, residual=residual)
 
-    with mock.patch.object(layers, "linear", recorded):
+    def recorded_gated(x: torch.Tensor, layer: Linear) -> torch.Tensor:
+        inputs[id(layer)].append(x.clone())
+        return gated_linear(x, layer)
+
+    with mock.patch.object(layers, "linear", recorded), mock.patch.object(layers, "gated_linear", recorded_gated):
         for case in cases:
             _logits(reference, case.prompt, case.rows, case.durations_s)
     result = {}
