@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 from declaim.engine.sequence import Sequence
 
@@ -21,14 +22,14 @@ class Entry:
     is_plain: bool = False
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, eq=False)
 class Batch:
     """The entries of one step, most urgent first. is_plain: whether every one of them is."""
 
     entries: tuple[Entry, ...]
     is_plain: bool = False
 
-    @property
+    @cached_property
     def drawing(self) -> tuple[Entry, ...]:
         """Those that draw, in order."""
         return self.entries if self.is_plain else tuple(entry for entry in self.entries if entry.draws)

@@ -72,7 +72,6 @@ from declaim.engine.request import (
     ResolvedSampling,
     SpeechRequest,
     SpeechResult,
-    Tier,
     Voice,
 )
 from declaim.engine.runner import LaunchedStep, Runner
@@ -104,6 +103,7 @@ VocoderFactory = Callable[[Wake], Vocoder]
 class _Ticket:
     """A checked request on its way into the engine thread."""
 
+    request: SpeechRequest
     request_id: str
     prompts: tuple[Prompt, ...]
     samplings: tuple[ResolvedSampling, ...]
@@ -111,16 +111,7 @@ class _Ticket:
     ends_paragraph: tuple[bool, ...]
     paced: bool
     max_frames: int | None
-    tenant: str
-    weight: float
-    tier: Tier
-    continues: bool
     sink: Sink
-
-    @property
-    def is_listened_to(self) -> bool:
-        """Whether somebody listens to it as it is made, and did not say that others may go first."""
-        return self.paced and self.tier != "flex"
 
 
 class Engine:
@@ -173,7 +164,7 @@ class Engine:
         self._num_open = 0  # sequences accepted and not yet finished
         self._num_open_of: Counter[str] = Counter()  # by tenant
         self._open_ids: set[str] = set()
-        self._num_listeners = 0  # requests that somebody listens to
+        self._listened_ids: set[str] = set()  # those of them that somebody hears as they are made, and not at leisure
         self._is_closing = False
         self._awake = threading.Event()
 
@@ -397,6 +388,7 @@ class Engine:
             prompt if guard is None else guard.limit(prompt) for prompt, guard in zip(prompts, guards, strict=True)
         )
         ticket = _Ticket(
+            request,
             request_id=request.request_id or _new_request_id(),
             prompts=prompts,
             samplings=tuple(
@@ -411,10 +403,6 @@ class Engine:
                 if sampling.max_seconds is not None
                 else None
             ),
-            tenant=request.tenant,
-            weight=request.weight,
-            tier=request.tier,
-            continues=request.continues,
             sink=sink,
         )
         for i in range(len(prompts)):
@@ -436,14 +424,15 @@ class Engine:
                     f"a request {ticket.request_id!r} is running: choose another id", param="request_id"
                 )
             refusal = self._refusal(ticket)
-            if refusal is None and ticket.is_listened_to and not ticket.continues:
-                refusal = self._lateness(ticket.tenant, ticket.weight)
+            if refusal is None and ticket.paced:
+                refusal = self._lateness(ticket.request)
             if refusal is not None:
                 raise Overloaded(refusal)
             self._num_open += len(ticket.prompts)
-            self._num_open_of[ticket.tenant] += len(ticket.prompts)
-            self._num_listeners += ticket.is_listened_to
+            self._num_open_of[ticket.request.tenant] += len(ticket.prompts)
             self._open_ids.add(ticket.request_id)
+            if ticket.paced and ticket.request.tier != "flex":
+                self._listened_ids.add(ticket.request_id)
             self._inbox.append(ticket)
         self._awake.set()
 
@@ -455,18 +444,19 @@ class Engine:
         "Dynamic Queue Length Thresholds for Shared-Memory Packet Switches", 1998.
         """
         limit, count = self.config.max_batch + self.config.max_waiting, len(ticket.prompts)
-        held, total = self._num_open_of[ticket.tenant], self._num_open + count
+        tenant = ticket.request.tenant
+        held, total = self._num_open_of[tenant], self._num_open + count
         if self._num_open and total > limit:
             return (
                 f"{self._num_open} sequences are in the engine and this request brings {count};"
                 f" the limit is {limit} (max_batch {self.config.max_batch} + max_waiting"
                 f" {self.config.max_waiting}): try again in a second"
             )
-        share = int(PLACES_PER_FREE_PLACE * ticket.weight * (limit - total))
-        if not (ticket.tenant and held) or held + count <= share:
+        share = int(PLACES_PER_FREE_PLACE * ticket.request.weight * (limit - total))
+        if not (tenant and held) or held + count <= share:
             return None
         return (
-            f"tenant {ticket.tenant!r} has {held} sequences in the engine and this request brings {count}; as"
+            f"tenant {tenant!r} has {held} sequences in the engine and this request brings {count}; as"
             f" full as it would be, a tenant may hold {share} of its {limit} places: try again when some have ended"
         )
 
@@ -475,27 +465,26 @@ class Engine:
 
         Raises: Overloaded.
         """
-        if request.tier == "flex" or request.continues:
-            return
-        lateness = self._lateness(request.tenant, request.weight)
+        lateness = self._lateness(request)
         if lateness is not None:
             raise Overloaded(lateness)
 
-    def _lateness(self, tenant: str, weight: float) -> str | None:
-        """Why one more listener would be served slower than it listens, and those before it too; None if not so.
+    def _lateness(self, request: SpeechRequest) -> str | None:
+        """Why one more stream would be served slower than it is heard, and those before it too; None if not so.
 
-        A tenant that holds less than its part of what the engine bears is let in: the scheduler sees to it that others
-        who hold more wait for it.
+        Flex may be late, and what goes on with speech that somebody hears is let in. So is a tenant that holds less
+        than its part of what the engine bears: the scheduler sees to it that others who hold more wait for it.
         """
-        most = self._capacity.num_listeners
-        if self.config.shed == "full" or most is None or self._num_listeners < most:
+        most, num_listened = self._capacity.num_listeners, len(self._listened_ids)
+        may_be_late = self.config.shed == "full" or request.tier == "flex" or request.continues
+        if may_be_late or most is None or num_listened < most:
             return None
-        held = self._num_open_of[tenant]
+        held = self._num_open_of[request.tenant]
         num_others = len(self._num_open_of) - (held > 0)
-        if tenant and num_others and held < most * weight / (weight + num_others):
+        if request.tenant and num_others and held < most * request.weight / (request.weight + num_others):
             return None
         return (
-            f"{self._num_listeners} streams are being spoken, and by its last steps this engine can speak {most} as"
+            f"{num_listened} streams are being spoken, and by its last steps this engine can speak {most} as"
             " fast as they are heard: try again in a second, or start the engine with shed='full' to queue instead"
         )
 
@@ -584,9 +573,9 @@ class Engine:
                 sampling=ticket.samplings[segment],
                 prompt=ticket.prompts[segment],
                 arrived_at=now,
-                tenant=ticket.tenant,
-                weight=ticket.weight,
-                tier=ticket.tier,
+                tenant=ticket.request.tenant,
+                weight=ticket.request.weight,
+                tier=ticket.request.tier,
             ),
             rule=self.spec.rule,
             playback=playback,
@@ -771,13 +760,12 @@ class Engine:
             self._vocoder.cancel(sequence.sequence_id)
         with self._lock:
             self._num_open -= len(stream.sequences)
-            given = stream.sequences[0].given
-            tenant = given.tenant
+            tenant = stream.sequences[0].given.tenant
             self._num_open_of[tenant] -= len(stream.sequences)
-            self._num_listeners -= stream.playback.paced and given.tier != "flex"
             if not self._num_open_of[tenant]:
                 del self._num_open_of[tenant]
             self._open_ids.discard(stream.request_id)
+            self._listened_ids.discard(stream.request_id)
             self._has_room.notify_all()
         if not self._streams:
             self._scheduler.check_integrity()

@@ -154,7 +154,7 @@ class Runner:
 
     def compute(
         self, batch: Batch, *, cross_queries: list[torch.Tensor] | None = None
-    ) -> tuple[list[Entry], torch.Tensor | None]:
+    ) -> tuple[tuple[Entry, ...], torch.Tensor | None]:
         """Run a step up to the logits. cross_queries: see `StepContext`.
 
         Returns the D entries that draw, and their logits, float32 [D + G, Q, V]: those of branch 0, then those of
@@ -167,7 +167,7 @@ class Runner:
         self.begin_states(batch.entries)
         hidden = self._forward(_branch_major(batch.entries), cross_queries)
         self.advance_states(batch.entries)
-        drawing = [entry for entry in batch.entries if entry.draws]
+        drawing = batch.drawing
         return drawing, self._model.logits(hidden) if drawing else None
 
     def hold_states(self, entries: Items[Entry]) -> None:

@@ -235,7 +235,7 @@ class RequestStream:
     def _words(self, sequence: Sequence, first: int, last: int) -> tuple[Word, ...]:
         """The words that begin in frames first .. last (exclusive) of a sequence; none is heard after it ends."""
         rate_hz = self._codec.frame_rate_hz
-        most = len(sequence.rows) if self._max_frames is None else self._max_frames - self._segment_first
+        most = sequence.max_rows if self._max_frames is None else self._max_frames - self._segment_first
         if sequence.end_row is not None:
             most = min(most, sequence.end_row - 1 - sequence.num_prompt_frames)
 

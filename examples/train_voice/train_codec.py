@@ -19,6 +19,8 @@ from losses import SpectralLoss, discriminator_loss, discriminators, generator_l
 CPU = torch.device("cpu")
 HEARD_AFTER = 6  # frames of a window that are its left context
 JUDGED_FRAMES = 12
+SPECTRUM_WEIGHT = 5.0  # beside the judges' 1 for their verdict and 2 for their features
+JUDGE_LEARNING_RATE = 8e-4
 REVIVE_EVERY = 50  # steps over which a codebook's row must be chosen at least once
 
 
@@ -64,7 +66,7 @@ def train_codec(shards: Path, codes: Path | None, work: Path, settings: CodecSet
     judges, spectral = discriminators().to(settings.device), SpectralLoss(codec.shape.sampling_rate).to(settings.device)
     trained = list(codec.decoder.parameters() if settings.init else codec.parameters())
     optimizer = torch.optim.AdamW(trained, betas=(0.8, 0.99), weight_decay=1e-3)
-    judge_optimizer = torch.optim.AdamW(judges.parameters(), lr=4e-4, betas=(0.8, 0.99))
+    judge_optimizer = torch.optim.AdamW(judges.parameters(), lr=JUDGE_LEARNING_RATE, betas=(0.8, 0.99))
     run = Run(
         work,
         "codec",
@@ -94,7 +96,7 @@ def train_codec(shards: Path, codes: Path | None, work: Path, settings: CodecSet
                 used.zero_()
         made, real = codec.decoder(z) * window.heard, window.audio * window.heard
         spectrum = spectral(made, real)
-        loss = 10 * spectrum + extra
+        loss = SPECTRUM_WEIGHT * spectrum + extra
         losses["spectrum"] = spectrum.item()
         if run.step >= settings.adversarial_from:
             draw = random.Random(run.step)

@@ -120,11 +120,11 @@ def test_a_listener_too_many_is_refused_with_numbers_and_a_remedy_and_let_in_whe
             ask(engine)
         assert refused.value.retry_after_s > 0
         streams.pop().close()
-        wait_for(lambda: engine._num_listeners == 1)
+        wait_for(lambda: len(engine._listened_ids) == 1)
         streams.append(ask(engine))
         for stream in streams:
             stream.close()
-        wait_for(lambda: engine._num_listeners == 0)
+        wait_for(lambda: len(engine._listened_ids) == 0)
 
 
 def test_whom_nobody_listens_to_waits_however_many_listen() -> None:
@@ -138,13 +138,13 @@ def test_whom_nobody_listens_to_waits_however_many_listen() -> None:
 def test_who_has_time_and_whose_speech_has_begun_are_let_in_and_only_the_latter_counts() -> None:
     with engine_that_bears(1) as engine:
         streams = [ask(engine, tier="flex"), ask(engine), ask(engine, continues=True), ask(engine, tier="flex")]
-        assert engine._num_listeners == 2
+        assert len(engine._listened_ids) == 2
         with pytest.raises(Overloaded):
             ask(engine)
         for stream in streams:
             stream.close()
         wait_for(lambda: not engine.stats().streams)
-        assert engine._num_listeners == 0
+        assert len(engine._listened_ids) == 0
 
 
 @pytest.mark.parametrize(("most", "shed"), [(None, "late"), (1, "full")])

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from declaim.engine import AudioChunk, Engine, SamplingParams, SpeechRequest, Word
+from declaim.engine import AudioChunk, Engine, EngineConfig, SamplingParams, SpeechRequest, Word
 from declaim.engine.text import TextOptions, clean_text, normalize_english, speak
 from declaim.engine.words import Segment, TracedText
 
@@ -144,6 +144,14 @@ def test_times_are_in_order_inside_the_audio_and_in_the_chunk_where_they_begin(e
     times = [time for word in words for time in (word.start_s, word.end_s)]
     assert times == sorted(times)
     assert times[-1] <= begin
+
+
+def test_a_word_is_as_long_whichever_pieces_its_audio_comes_in(engine: Engine) -> None:
+    text = "Extraordinarily uncharacteristic misunderstandings."
+    in_small_pieces = words_of(speak_words(engine, text))
+    with Engine.from_pretrained(config=EngineConfig(first_chunk_s=8.0, max_chunk_s=8.0)) as whole:
+        in_one_piece = words_of(speak_words(whole, text))
+    assert in_small_pieces == in_one_piece
 
 
 def test_speech_is_where_the_words_are_and_silence_where_none_is(engine: Engine) -> None:
