@@ -322,7 +322,7 @@ def main() -> None:
                 died = f"FAILED: {errors.exceptions[0]!r}: see {log_of(NAME)}"
     if died:
         machine.CONSOLE.print(died, soft_wrap=True)
-        machine.end(document, {"verdict": died})
+        machine.end(document, {"verdict": died, "faults": [died], "ends": {}, "growth_mb_per_hour": {}})
         raise SystemExit(1)
     *loaded, silence = samples
     faults = judge(loaded, silence, ends, left, growth_mb=arguments.growth, settling_mb=arguments.settling)

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import time
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
@@ -73,10 +77,13 @@ def test_a_figure_has_its_numbers_and_under_them_where_they_come_from(results: A
 
 def test_a_record_that_is_none_is_named_with_what_to_do(results: Any, tmp_path: Path) -> None:
     keep(tmp_path, "tester", {"mistakes": []})
-    with pytest.raises(
-        results.RecordError, match=r"tester\.json is not as python -m benchmarks\.tester .*run it again"
-    ):
-        results.render(tmp_path)
+    (tmp_path / "cost.json").write_text("half a rec", encoding="utf-8")
+    (tmp_path / "zonos.json").write_text("{}", encoding="utf-8")
+    page = results.render(tmp_path)
+    shown = "its result is not as python -m benchmarks.tester writes it (KeyError('errors')): run it again"
+    assert f"**It cannot be shown: {shown}**" in page
+    assert "cost.json cannot be read (" in page and "**It cannot be shown: the record zonos has no 'machine'" in page
+    assert page.count("Not run") == len(results.FIGURES) - 3
 
 
 def test_a_run_is_kept_with_its_command_commit_and_status(
@@ -90,10 +97,102 @@ def test_a_run_is_kept_with_its_command_commit_and_status(
     assert capfd.readouterr().out == "table\n"
 
 
-def test_a_run_without_a_document_keeps_nothing(results: Any, tmp_path: Path) -> None:
-    with pytest.raises(results.RecordError, match="did not end with a JSON document but with 'done'"):
-        results.run_figure(figure(results, "print('done')"), tmp_path)
-    assert not list(tmp_path.iterdir())
+def test_a_run_that_fails_is_kept_as_failed_and_shown(
+    results: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    failing = figure(results, "print('done'); raise SystemExit(4)")
+    with pytest.raises(results.RecordError, match="ended with status 4 and not with a JSON document but with 'done'"):
+        results.run_figure(failing, tmp_path)
+    monkeypatch.setattr(results, "FIGURES", [failing])
+    page = results.render(tmp_path)
+    assert "**It failed: made ended with status 4 and not" in page and "Command: `python -c print(" in page
+    other = figure(results, 'print(\'{"result": {"columns": []}}\')')
+    with pytest.raises(results.RecordError, match="not as python -c .* writes it"):
+        results.run_figure(other, tmp_path)
+    assert json.loads((tmp_path / "made.json").read_text(encoding="utf-8"))["result"] == {"columns": []}
+
+
+PAUSE = "import signal; signal.pause()"
+CHILD = f"import subprocess, sys; print(subprocess.Popen([sys.executable, '-c', '{PAUSE}']).pid, flush=True)"
+
+
+def test_a_run_that_takes_too_long_is_ended_with_its_processes(
+    results: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(results.Figure, "limit_s", 5.0)
+    with pytest.raises(results.RecordError, match="made was ended after 5 s"):
+        results.run_figure(figure(results, f"{CHILD}; print('waits', flush=True); {PAUSE}"), tmp_path)
+    assert json.loads((tmp_path / "made.json").read_text(encoding="utf-8"))["failure"] == "made was ended after 5 s"
+    check_gone(int(capfd.readouterr().out))
+
+
+def test_what_a_run_leaves_behind_is_ended(results: Any, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    leaving = f"{CHILD.replace(']).pid', '], stdout=-3).pid')}; print('{{\"rows\": []}}', flush=True)"
+    results.run_figure(figure(results, leaving), tmp_path)
+    check_gone(int(capfd.readouterr().out))
+
+
+def check_gone(pid: int) -> None:
+    end_s = time.monotonic() + 30
+    with suppress(psutil.NoSuchProcess):
+        while psutil.Process(pid).status() != psutil.STATUS_ZOMBIE:
+            assert time.monotonic() < end_s
+            time.sleep(0.01)
+
+
+def test_one_that_fails_stops_no_other_and_the_time_that_is_left_is_told(
+    results: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    good = replace(figure(results, "print('{\"rows\": []}')"), name="good", minutes=2)
+    bad = replace(figure(results, "raise SystemExit(1)"), name="bad", minutes=4)
+    pages = []
+    failures = results._run([bad, good], tmp_path, after_each=lambda: pages.append(results.render(tmp_path)))
+    assert len(failures) == 1 and "bad ended with status 1" in failures[0] and len(pages) == 2
+    assert {path.name for path in tmp_path.iterdir()} == {"bad.json", "good.json"}
+    said = capsys.readouterr().out
+    assert "1 of 2, bad: about 4.0 min (a guess), ended after 22; all that is left about 6 min" in said
+    assert "2 of 2, good: about 2.0 min (a guess), ended after 16; all that is left about 2 min" in said
+    results._run([good], tmp_path)
+    assert "(as last time)" in capsys.readouterr().out
+
+
+def test_a_run_is_resumed_where_nothing_has_changed(
+    results: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    git = ["git", "-c", "user.name=a", "-c", "user.email=a@b", "-C", str(tmp_path)]
+    (tmp_path / "code.py").write_text("1")
+    subprocess.run([*git, "init", "-q"], check=True)
+    subprocess.run([*git, "add", "."], check=True)
+    subprocess.run([*git, "commit", "-qm", "one"], check=True)
+    commit = subprocess.run([*git, "rev-parse", "HEAD"], check=True, capture_output=True, text=True).stdout.strip()
+    monkeypatch.setattr(results.machine, "ROOT", tmp_path)
+    folder = tmp_path / "benchmarks" / "results"
+    folder.mkdir(parents=True)
+    made = figure(results, "")
+
+    def is_done(**fields: object) -> bool:
+        keep(folder, "made", {"rows": []}, **{"command": results.shown(made), "machine": about} | fields)
+        return bool(results._has_current_record(made, folder))
+
+    about: dict[str, object] = ABOUT | {"commit": commit}
+    assert not results._has_current_record(made, folder)
+    assert is_done()
+    assert not is_done(failure="it hung") and not is_done(command="python other.py")
+    assert not is_done(machine=about | {"dirty": True}) and not is_done(machine=about | {"commit": "0000"})
+    subprocess.run([*git, "add", "."], check=True)
+    subprocess.run([*git, "commit", "-qm", "records"], check=True)
+    assert is_done()
+    (tmp_path / "code.py").write_text("2")
+    assert not is_done()
+
+
+def test_every_figure_can_be_rehearsed(results: Any) -> None:
+    for one in results.FIGURES:
+        script = one.command[1].replace(".", "/") + ".py" if one.command[0] == "-m" else one.command[0]
+        text = (BENCHMARKS.parent / script).read_text(encoding="utf-8")
+        options = [word for word in (*one.command, *one.quick) if word.startswith("--")]
+        assert one.quick and all(f'"{option}"' in text for option in options), one.name
+        assert one.shortest().name == one.name and one.shortest().limit_s <= 13 * 60
 
 
 def test_a_run_from_elsewhere_brings_its_machine_with_it(results: Any, tmp_path: Path) -> None:
@@ -120,9 +219,8 @@ def test_the_default_selection_leaves_out_what_takes_long_and_a_wrong_name_is_sa
 def test_what_needs_a_gpu_is_left_out_without_one(
     results: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(results, "FOLDER", tmp_path)
     monkeypatch.setattr(results, "_gpu_name", lambda: None)
-    assert results._run([results.BY_NAME["gpu"]]) == 0
+    assert results._run([results.BY_NAME["gpu"]], tmp_path) == []
     assert "gpu: not run, there is no GPU here" in capsys.readouterr().out and not list(tmp_path.iterdir())
 
 

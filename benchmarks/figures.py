@@ -1,0 +1,416 @@
+"""The figures of RESULTS.md: which benchmark each runs, and the tables that it makes of what that printed.
+
+Runs nothing and reads no file: `results.py` does.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+Cells = Sequence[object]
+Result = Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """The first column is text, the others are numbers."""
+
+    columns: Sequence[str]
+    rows: Sequence[Cells]
+
+
+@dataclass(frozen=True, slots=True)
+class Figure:
+    """One benchmark on the page.
+
+    command: what python is called with. tables: from the result that it printed. minutes: how long it takes, about, on
+    two cores; thrice that and ten minutes more are too long. quick: further arguments that make it as short as can be.
+    is_default: whether `run` takes it unless told otherwise. needs_gpu: left out where there is none. awaited: what it
+    will measure, told until it did.
+    """
+
+    name: str
+    title: str
+    command: tuple[str, ...]
+    tables: Callable[[Result], Sequence[Table]]
+    minutes: float = 1.0
+    quick: tuple[str, ...] = ()
+    is_default: bool = True
+    needs_gpu: bool = False
+    awaited: tuple[str, ...] = ()
+
+    @property
+    def limit_s(self) -> float:
+        """When it is ended."""
+        return 60 * (3 * self.minutes + 10)
+
+    def shortest(self) -> Figure:
+        """The same in its shortest form."""
+        return replace(self, command=(*self.command, *self.quick), minutes=min(self.minutes, 1.0))
+
+
+def _embedded(result: Result) -> list[Table]:
+    rows = [
+        (
+            name,
+            part["first_audio_ms"]["p50"],
+            part["first_audio_ms"]["p95"],
+            part["rtf"]["p50"],
+            part["one_by_one_audio_s_per_s"],
+            part["concurrent_audio_s_per_s"],
+            part["concurrent_vs_one_by_one"],
+        )
+        for name, part in result["vocoders"].items()
+    ]
+    columns = ("vocoder", "first audio ms p50", "p95", "real-time factor", "audio s/s one by one", "at once", "ratio")
+    return [Table(columns, rows)]
+
+
+def _vs_transformers(result: Result) -> list[Table]:
+    columns = ("system", "seconds", "audio s/s", "times one by one", "times static batch")
+    tables = [Table(columns, [tuple(row.values()) for row in result["systems"]])]
+    if "greedy" in result:
+        pairs = [(name, *shares.values()) for name, shares in result["greedy"].items()]
+        tables.append(Table(("greedy codes", "identical requests %", "identical codes %"), pairs))
+    return tables
+
+
+def _one_configuration(result: Result) -> list[Table]:
+    rows = [
+        (
+            f"{row['concurrency']} at a time, {row['setup']}",
+            row["first_chunk_p50_ms"],
+            row["first_audio_p50_ms"],
+            row["first_audio_p95_ms"],
+            row["rtf_p50"],
+            row["dry_percent"],
+            row["audio_s_per_s"],
+        )
+        for row in result["rows"]
+    ]
+    ends = [(name, *values.values()) for name, values in result["ends"].items()]
+    columns = ("load, configuration", "first chunk ms", "first audio ms", "p95", "RTF", "dry %", "audio s/s")
+    return [
+        Table(columns, rows),
+        Table(("against the default, median of rounds", "times its first audio alone", "times its most audio"), ends),
+    ]
+
+
+def _saturation(result: Result) -> list[Table]:
+    rows = [
+        (
+            run["label"],
+            100 * run["good_share"],
+            1000 * run["first_audio_s"]["p95"],
+            *(100 * share for share in run["underruns"].values()),
+            run["audio_s_per_s"],
+            run["goodput_audio_s_per_s"],
+            run["num_refused"],
+            1000 * run["refusal_s"]["p95"] if run["num_refused"] else "none",
+        )
+        for run in result["runs"]
+    ]
+    columns = ["offered", "good %", "first audio ms p95", "dry % at 0 ms", "100 ms", "200 ms", "audio s/s", "goodput"]
+    claims = [(claim["claim"], claim["measured"], "yes" if claim["holds"] else "NO") for claim in result["claims"]]
+    return [
+        Table([*columns, "refused", "refusal ms p95"], rows),
+        Table(("claim", "measured", "holds"), claims),
+    ]
+
+
+def _tester(result: Result) -> list[Table]:
+    rows = [(row["what"], row["count"], row["p50_ms"], row["p95_ms"], row["max_ms"]) for row in result["errors"]]
+    return [Table(("told against given", "values", "error ms p50", "p95", "largest"), rows)]
+
+
+def _determinism(result: Result) -> list[Table]:
+    rows = [
+        (
+            f"{trial['model']}, {trial['dtype']}, {trial['condition']}",
+            trial["requests"],
+            trial["draws"],
+            trial["different_requests"],
+            trial["different_draws"],
+            trial["preemptions"],
+        )
+        for trial in result["codes"]
+    ]
+    return [Table(("against alone", "requests", "codes", "other requests", "other codes", "preemptions"), rows)]
+
+
+def _quality(result: Result) -> list[Table]:
+    rows = [(name, *scores.values()) for name, scores in result["precisions"].items()]
+    return [Table(("precision", "same next code (share)", "KL nats", "durations off %"), rows)]
+
+
+def _voice(result: Result) -> list[Table]:
+    rows = [
+        (
+            name,
+            part["word_error_percent"],
+            part["said_word_error_percent"],
+            "not judged" if part["dnsmos_overall"] is None else part["dnsmos_overall"],
+            part["audio_s"],
+        )
+        for name, part in result.items()
+        if isinstance(part, dict) and "word_error_percent" in part
+    ]
+    lengths = [(name.replace("_", " "), value) for name, value in result["lengths"].items()]
+    lengths.append(("seconds of computing for a second of audio", result["seconds_per_audio_second"]))
+    return [
+        Table(("who", "word errors %", "of said.tsv %", "DNSMOS", "seconds heard"), rows),
+        Table(("lengths by the teacher's, and cost", "value"), lengths),
+    ]
+
+
+def _zonos(result: Result) -> list[Table]:
+    rows = [
+        ("on the clock", result["one_by_one_s"], statistics.median(result["together_s"]), result["ratio"]),
+        (
+            "of computing",
+            result["one_by_one_cpu_s"],
+            statistics.median(result["together_cpu_s"]),
+            result["cpu_ratio"],
+        ),
+    ]
+    return [
+        Table((f"{result['audio_s']:.1f} s of audio", "one by one s", "together s", "times as fast"), rows),
+        Table(("memory's swing", "MB"), [("after the first round", result["swing_mb"])]),
+    ]
+
+
+def _cost(result: Result) -> list[Table]:
+    rows = [
+        (crowd if len(result["cost"]) == 1 else f"{crowd}, {version}", *cost.values())
+        for version, costs in result["cost"].items()
+        for crowd, cost in costs.items()
+    ]
+    return [Table(("sequences", "schedule us", "launch us", "commit us", "a step, least us", "median us"), rows)]
+
+
+def _api_workers(result: Result) -> list[Table]:
+    rows = []
+    for name, rates in result["rates"].items():
+        one, several = (sorted(rates[which])[len(rates[which]) // 2] for which in ("one", "several"))
+        rows.append((name, one, several, result["ratios"][name]))
+    return [Table(("format", "audio s/s, one process", "two workers", "ratio"), rows)]
+
+
+def _first_audio(result: Result) -> list[Table]:
+    rows = [
+        (name, part["p50_ms"], part["p95_ms"], max(part["first_ms"]), statistics.median(part["processing_ms"]))
+        for name, part in result["formats"].items()
+    ]
+    return [Table(("format", "first audio ms p50", "p95", "worst", "server's own p50"), rows)]
+
+
+def _fairness(result: Result) -> list[Table]:
+    rows = []
+    if "quiet" in result:
+        quiet = result["quiet"]
+        for name in ("alone", "beside"):
+            rows.append((f"first audio ms p50, {name}", statistics.median(quiet[f"{name}_ms"])))
+        rows.append(("times as long beside the flood", quiet["ratio"]))
+    if "shares" in result:
+        rows.append(("audio of weight 2 over weight 1", result["shares"]["shares"]))
+    return [Table(("a quiet tenant and a flood; two of weights 2 and 1", "measured"), rows), _faults(result)]
+
+
+def _dropped(result: Result) -> list[Table]:
+    rows = [(part["num_streams"], part["rss_mb"], part["threads"], part["handles"]) for part in result["left"]]
+    return [Table(("after streams", "RSS MB", "threads", "handles"), rows), _faults(result)]
+
+
+def _faults(result: Result) -> Table:
+    return Table(("verdict", ""), [("; ".join(result["faults"]) or "holds", "")])
+
+
+def _chaos(result: Result) -> list[Table]:
+    return [
+        Table(("faults", "times"), list(result["faults"].items())),
+        Table(("how streams ended", "streams"), list(result["ends"].items())),
+        Table(("verdict", ""), [(result["verdict"], "")]),
+    ]
+
+
+def _soak(result: Result) -> list[Table]:
+    growth = [(name, *values) for name, values in result["growth_mb_per_hour"].items()]
+    return [
+        Table(("process", "grows by MB an hour", "+-"), growth),
+        Table(("how streams ended", "streams"), list(result["ends"].items())),
+        Table(("verdict", ""), [(result["verdict"], "")]),
+    ]
+
+
+def _gpu(result: Result) -> list[Table]:
+    rows = [
+        (row["target"], row["bound"], "not run" if row["measured"] is None else row["measured"], row["verdict"])
+        for row in result["targets"]
+    ]
+    return [Table(("target", "bound", "measured", "verdict"), rows)]
+
+
+FIGURES: tuple[Figure, ...] = (
+    Figure(
+        "embedded",
+        "The embedded voice: first audio, real-time factor, many at once",
+        ("benchmarks/embedded.py", "--vocoder", "both"),
+        _embedded,
+        minutes=3,
+        quick=("--quick",),
+    ),
+    Figure(
+        "one_configuration",
+        "One configuration from one request at a time to saturation, against two fixed ones",
+        ("benchmarks/one_configuration.py",),
+        _one_configuration,
+        minutes=4,
+        quick=("--quick",),
+    ),
+    Figure(
+        "saturation",
+        "At 70 % and at 150 % of what the server bears",
+        ("benchmarks/saturation.py",),
+        _saturation,
+        minutes=6,
+        quick=("--rate", "0.5", "--seconds", "4", "--max-chars", "40"),
+    ),
+    Figure(
+        "vs_transformers",
+        "Dia's architecture, random weights: transformers and declaim",
+        ("benchmarks/vs_transformers.py",),
+        _vs_transformers,
+        minutes=8,
+        quick=("--quick",),
+    ),
+    Figure(
+        "zonos",
+        "Zonos' architecture, random weights: together and one by one",
+        ("-m", "benchmarks.zonos_throughput"),
+        _zonos,
+        minutes=8,
+        quick=("--requests", "2", "--seconds", "0.2"),
+    ),
+    Figure(
+        "determinism",
+        "Does the same seed give the same codes in a crowd?",
+        ("benchmarks/determinism.py", "--requests", "8"),
+        _determinism,
+        minutes=6,
+        quick=("--quick",),
+    ),
+    Figure(
+        "cost",
+        "The scheduler's own cost of a step",
+        ("benchmarks/simulate.py", "--cost"),
+        _cost,
+        minutes=1,
+        quick=("--quick",),
+    ),
+    Figure(
+        "quality",
+        "What each precision costs the next codes",
+        ("benchmarks/quality.py",),
+        _quality,
+        minutes=3,
+        quick=("--quick",),
+    ),
+    Figure(
+        "voice",
+        "What a recogniser hears of the embedded voice",
+        ("benchmarks/voice.py", "--sentences", "24", "--lengths", "60"),
+        _voice,
+        minutes=4,
+        quick=("--quick",),
+    ),
+    Figure(
+        "api_workers",
+        "Encoding in several API processes",
+        ("-m", "benchmarks.api_workers"),
+        _api_workers,
+        minutes=3,
+        quick=("--rounds", "1", "--answers", "4", "--clients", "2", "--seconds", "2"),
+    ),
+    Figure(
+        "tester",
+        "Does the load tester tell the delays it was given?",
+        ("-m", "benchmarks.tester"),
+        _tester,
+        minutes=1,
+        quick=("--quick",),
+    ),
+    Figure(
+        "first_audio",
+        "First audio of a server, one stream at a time",
+        ("benchmarks/first_audio.py",),
+        _first_audio,
+        minutes=2,
+        quick=("--vocoder", "inline", "--requests", "2", "--warm-up", "1"),
+    ),
+    Figure(
+        "fairness",
+        "One tenant's flood beside another; shares by weight",
+        ("benchmarks/fairness.py",),
+        _fairness,
+        minutes=8,
+        quick=("--vocoder", "inline", "--flood", "6", "--asks", "2", "--crowd", "4", "--seconds", "3", "--settle", "1"),
+        is_default=False,
+    ),
+    Figure(
+        "dropped",
+        "What dropped streams leave",
+        ("benchmarks/dropped.py",),
+        _dropped,
+        minutes=8,
+        quick=("--vocoder", "inline", "--streams", "16", "--warm-up", "16", "--clients", "4", "--growth", "60"),
+        is_default=False,
+    ),
+    Figure(
+        "soak",
+        "What grows in half an hour of mixed traffic",
+        ("benchmarks/soak.py",),
+        _soak,
+        minutes=33,
+        quick=("--vocoder", "inline", "--minutes", "0.2", "--sample", "0.5", "--settling", "150"),
+        is_default=False,
+    ),
+    Figure(
+        "chaos",
+        "Streams under faults, 20 minutes",
+        ("benchmarks/chaos.py",),
+        _chaos,
+        minutes=24,
+        quick=("--vocoder", "inline", "--minutes", "0.3", "--texts", "3"),
+        is_default=False,
+    ),
+    Figure(
+        "gpu",
+        "On a GPU: kernels, steps and whole models of real size",
+        ("benchmarks/gpu.py",),
+        _gpu,
+        minutes=10,
+        quick=("--quick",),
+        needs_gpu=True,
+        awaited=(
+            "kernels and greedy codes against their references",
+            "decode attention and int4 products against copy bandwidth and cuBLAS",
+            "Dia-1.6B's size: a step against its byte floor, in bfloat16 and int4",
+            "Dia-1.6B's size: 1 and 64 requests against transformers",
+            "Dia and Zonos with their codec: audio seconds per second, memory against the plan",
+        ),
+    ),
+    Figure(
+        "vs_transformers_gpu",
+        "On a GPU: Dia's architecture, transformers and declaim",
+        ("benchmarks/vs_transformers.py", "--device", "cuda"),
+        _vs_transformers,
+        minutes=10,
+        quick=("--quick",),
+        needs_gpu=True,
+        awaited=("transformers, one by one", "transformers, static batch", "declaim", "greedy codes"),
+    ),
+)
+BY_NAME: Mapping[str, Figure] = {figure.name: figure for figure in FIGURES}
