@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
+from declaim.load import runs
 from declaim.load.cli import PROMPTS, build_bench_cli
 from declaim.load.client import Outcome, Target
 from declaim.load.playback import Listener, underruns
@@ -35,7 +36,7 @@ from .fake_peer import CHUNK_S, FakePeer
 
 TEXTS = ["One two three four.", "Five six."]
 NOBODY = [Tenant("all")]
-TOLERANCE_S = 0.005
+TOLERANCE_S = 0.02  # a wrong measure is off by a delay or a chunk, 50 ms or more
 
 
 def target_of(peer: FakePeer, **fields: object) -> Target:
@@ -49,13 +50,13 @@ def ask_all(peer: FakePeer, num: int = 6, *, rate_per_s: float = 20.0, **fields:
 
 def usual_error(told: Sequence[float | None], given: Sequence[float]) -> float:
     """The lowest tenth: a machine that is busy with other things delays most of both, and a wrong measure is wrong for
-    all. On a quiet one `benchmarks/tester.py` tells all of them."""
+    all. How many milliseconds they are off on a quiet one is what `benchmarks/tester.py` measures."""
     errors = [abs((math.nan if value is None else value) - other) for value, other in zip(told, given, strict=True)]
     return float(np.quantile(errors, 0.1))
 
 
 @pytest.mark.parametrize("protocol", ["http", "sse", "ws"])
-def test_it_reports_the_delays_it_was_given_within_5_ms(protocol: str) -> None:
+def test_it_reports_the_delays_it_was_given(protocol: str) -> None:
     with FakePeer(first_s=0.08, every_s=0.05, silent_chunks=2) as peer:
         outcomes = ask_all(peer, 7, rate_per_s=8.0, protocol=protocol, words_per_s=1000.0)
         arrived, sent = peer.arrived, peer.sent
@@ -70,11 +71,12 @@ def test_it_reports_the_delays_it_was_given_within_5_ms(protocol: str) -> None:
 
 
 def test_a_stall_longer_than_the_lead_is_an_underrun_and_a_buffer_hides_it() -> None:
-    with FakePeer(every_s=0.1, stall_at=5, stall_s=0.15, silent_chunks=0) as peer:
+    with FakePeer(every_s=0.0, stall_at=5, stall_s=1.5, silent_chunks=0) as peer:
         (outcome,) = ask_all(peer, 1)
+    # Half a second is there when a stall of 1.5 begins; a busy machine makes it longer, never shorter.
     dry = underruns(outcome.listener.arrivals, buffer_s=0.0)
-    assert dry.count >= 1 and dry.stalled_s == pytest.approx(0.15, abs=0.05)
-    assert underruns(outcome.listener.arrivals, buffer_s=0.4).count == 0
+    assert dry.count >= 1 and 0.95 < dry.stalled_s < 10.0
+    assert underruns(outcome.listener.arrivals, buffer_s=60.0).count == 0
 
 
 def test_a_player_by_hand() -> None:
@@ -103,7 +105,7 @@ def test_refusals_are_counted_by_code_with_the_time_they_took() -> None:
     assert summary.errors == {"http 429 rate_limit_exceeded": 3}
     assert summary.num_whole == 3 and summary.good_share == pytest.approx(0.5)
     assert not summary.holds_objective
-    assert 0 < summary.refusal_s.p50 < 0.5
+    assert 0 < summary.refusal_s.p50 < 10.0
     assert {o.retry_after_s for o in outcomes if o.error} == {0.05}
 
 
@@ -191,13 +193,14 @@ def test_the_prompts_that_come_with_it() -> None:
     assert len(read_prompts(PROMPTS)) > 50
 
 
-def test_the_command_sweeps_prints_and_writes_a_report(tmp_path: Path) -> None:
+def test_the_command_sweeps_prints_and_writes_a_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runs, "SWEEP_STEPS", 3)
     with FakePeer(num_chunks=2, every_s=0.0, first_s=0.01) as peer:
         arguments = ["serve", "--url", peer.url, "--rate", "60", "--sweep", "--num", "6", "--report", str(tmp_path)]
-        done = CliRunner().invoke(build_bench_cli(), [*arguments, "--first-audio-ms", "2000"])
+        done = CliRunner().invoke(build_bench_cli(), [*arguments, "--first-audio-ms", "30000", "--buffer-ms", "30000"])
     assert done.exit_code == 0, done.output
     result = json.loads(done.output.splitlines()[-1])
-    assert result["highest_rate_per_s"] >= 60 and len(result["runs"]) > 2
+    assert result["highest_rate_per_s"] == pytest.approx(60 * 1.6**2) and len(result["runs"]) == 3
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
     assert page.count("data:image/png") == 3 and "requests/s" in page
     for name in ("latency", "distributions", "timeline"):
@@ -222,35 +225,6 @@ def test_what_cannot_be_run_is_said(arguments: list[str], said: str) -> None:
     assert done.exit_code != 0 and said in done.output
 
 
-def saturation_of(peer: FakePeer, *arguments: str) -> tuple[int, dict[str, Any], str]:
-    options = ["serve", "--url", peer.url, "--saturation", "--seconds", "0.3", *arguments]
-    done = CliRunner().invoke(build_bench_cli(), options)
-    return done.exit_code, json.loads(done.output.splitlines()[-1]), done.output
-
-
-def test_saturation_tries_less_and_more_than_the_highest_rate_and_judges_both() -> None:
-    with FakePeer(num_chunks=3, every_s=0.0, first_s=0.01, most_streams=6) as peer:
-        code, result, output = saturation_of(peer, "--rate", "40", "--first-audio-ms", "2000", "--burstiness", "0")
-    highest = result["highest_rate_per_s"]
-    assert 40 <= highest < 6 / 0.01
-    claims = result["claims"]
-    assert [claim["holds"] for claim in claims[:2]] == [True, True], claims
-    assert f"{0.7 * highest:.3g} requests/s" in claims[0]["claim"]
-    assert f"{1.5 * highest:.3g} requests/s" in claims[1]["claim"]
-    labels = [run["label"] for run in result["runs"]]
-    assert f"{0.7 * highest:.3g} requests/s" in labels and f"{1.5 * highest:.3g} requests/s" in labels
-    assert code == int(not all(claim["holds"] for claim in claims))
-    assert "holds: at 70 %" in output
-
-
-def test_a_server_that_never_holds_the_objective_has_no_saturation_rate() -> None:
-    with FakePeer(num_chunks=2, every_s=0.0, first_s=0.05) as peer:
-        code, result, output = saturation_of(peer, "--rate", "400", "--first-audio-ms", "10")
-    assert code == 1 and result["highest_rate_per_s"] == 0
-    assert 400 / 16 / 1.6 < min(float(run["label"].split()[0]) for run in result["runs"]) <= 400 / 16
-    assert "DOES NOT HOLD: some rate holds the objective: none of" in output
-
-
 def outcomes_by_hand(num_good: int, refused: Sequence[str], *, refusal_s: float = 0.01) -> list[Outcome]:
     """Streams of one second that came at once, one a second; and refusals."""
     outcomes = []
@@ -267,6 +241,65 @@ def outcomes_by_hand(num_good: int, refused: Sequence[str], *, refusal_s: float 
 
 def run_of(rate: float, outcomes: list[Outcome]) -> Run:
     return Run(f"{rate:g} requests/s", rate, outcomes, summarize(outcomes, Objective()))
+
+
+class ServerByHand:
+    """Stands in for `runs.run`: whole streams up to a rate, beyond it a third of the requests refused at once."""
+
+    def __init__(self, *, bears_per_s: float) -> None:
+        self._bears_per_s = bears_per_s
+        self.asked: list[tuple[float, list[Job]]] = []
+
+    def run(self, target: Target, jobs: list[Job], objective: Objective, *, label: str, offered_per_s: float) -> Run:
+        self.asked.append((offered_per_s, jobs))
+        num_refused = 0 if offered_per_s <= self._bears_per_s else len(jobs) // 3
+        outcomes = outcomes_by_hand(len(jobs) - num_refused, ["http 503 server_is_overloaded"] * num_refused)
+        return Run(label, offered_per_s, outcomes, summarize(outcomes, objective))
+
+
+def saturation_of(url: str, *arguments: str) -> tuple[int, dict[str, Any], str]:
+    options = ["serve", "--url", url, "--saturation", "--seconds", "0.3", *arguments]
+    done = CliRunner().invoke(build_bench_cli(), options)
+    return done.exit_code, json.loads(done.output.splitlines()[-1]), done.output
+
+
+@pytest.mark.parametrize("begin_per_s", [3.0, 40.0, 700.0])
+def test_saturation_tries_less_and_more_than_the_highest_rate_and_judges_both(
+    monkeypatch: pytest.MonkeyPatch, begin_per_s: float
+) -> None:
+    server = ServerByHand(bears_per_s=100.0)
+    monkeypatch.setattr(runs, "run", server.run)
+    code, result, output = saturation_of("http://127.0.0.1:9/v1", "--rate", str(begin_per_s))
+    highest = result["highest_rate_per_s"]
+    assert 100.0 / runs.SWEEP_PRECISION < highest <= 100.0
+    *searched, calm, flood = server.asked
+    assert searched[0][0] == begin_per_s and highest in {rate for rate, _ in searched}
+    assert (calm[0], flood[0]) == (0.7 * highest, 1.5 * highest)
+    assert all(len(jobs) == max(runs.MIN_JOBS, round(0.3 * rate)) for rate, jobs in server.asked)
+    assert len({tuple(job.text for job in jobs[:20]) for _, jobs in server.asked}) == len(server.asked)
+    rates = sorted(rate for rate, _ in server.asked)
+    assert [run["label"] for run in result["runs"]] == [f"{rate:.3g} requests/s" for rate in rates]
+    claims = result["claims"]
+    assert f"at 70 % ({0.7 * highest:.3g} requests/s)" in claims[0]["claim"]
+    assert f"at 150 % ({1.5 * highest:.3g} requests/s)" in claims[1]["claim"]
+    assert [claim["holds"] for claim in claims] == [True] * 4, claims
+    assert code == 0 and output.count("\nholds: at ") == 4
+
+
+def test_a_server_that_never_holds_the_objective_has_no_saturation_rate() -> None:
+    with FakePeer(num_chunks=2, every_s=0.0, first_s=0.05) as peer:
+        code, result, output = saturation_of(peer.url, "--rate", "400", "--first-audio-ms", "10")
+    assert code == 1 and result["highest_rate_per_s"] == 0
+    assert 400 / 16 / 1.6 < min(float(run["label"].split()[0]) for run in result["runs"]) <= 400 / 16
+    assert "DOES NOT HOLD: some rate holds the objective: none of" in output
+
+
+def test_a_claim_that_does_not_hold_ends_the_command_with_a_status(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runs, "run", ServerByHand(bears_per_s=100.0).run)
+    monkeypatch.setattr(runs, "MAX_REFUSAL_S", 0.001)
+    code, result, output = saturation_of("http://127.0.0.1:9/v1", "--rate", "90")
+    assert [claim["holds"] for claim in result["claims"]] == [True, True, False, True]
+    assert code == 1 and "DOES NOT HOLD: at 150 %" in output
 
 
 @pytest.mark.parametrize(
