@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from datetime import UTC, datetime
+from functools import partial
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
@@ -89,7 +90,7 @@ def _build_keys_cli(open_database: OpenDatabase) -> typer.Typer:
         """Make a key and print it, once. A new tenant is made; limits given here become the tenant's."""
         from declaim.api.store.tenants import Tenant, create_key, limits_of, set_tenant
 
-        with opened(open_database, database) as store, store.session() as session:
+        with opened(partial(open_database, database)) as store, store.session() as session:
             now = time.time()
             limits = _changed(
                 session.get(Tenant, tenant),
@@ -120,7 +121,7 @@ def _build_keys_cli(open_database: OpenDatabase) -> typer.Typer:
         query = sa.select(ApiKey).order_by(ApiKey.tenant_id, ApiKey.created_at)
         if tenant is not None:
             query = query.where(ApiKey.tenant_id == tenant)
-        with opened(open_database, database) as store, store.reader() as session:
+        with opened(partial(open_database, database)) as store, store.reader() as session:
             rows: list[Sequence[Cell]] = [
                 (key.id, key.tenant_id, key.name, f"{key.prefix}...", _date(key.created_at), _date(key.revoked_at))
                 for key in session.scalars(query)
@@ -135,7 +136,7 @@ def _build_keys_cli(open_database: OpenDatabase) -> typer.Typer:
         """End a key. Running servers refuse it within seconds; streams that run go on to their end."""
         from declaim.api.store.tenants import revoke_key
 
-        with opened(open_database, database) as store, store.session() as session:
+        with opened(partial(open_database, database)) as store, store.session() as session:
             row = revoke_key(session, key.removesuffix("..."), now=time.time())
             message = f"revoked {row.id} ({row.prefix}...) of tenant {row.tenant_id}"
         say(message)
@@ -162,7 +163,7 @@ def _build_tenants_cli(open_database: OpenDatabase) -> typer.Typer:
         query = sa.select(Tenant, TenantMeter, num_keys).join(TenantMeter).order_by(Tenant.id)
         header = ("tenant", "keys", "rpm", "chars/min", "concurrent", "chars/month", "used", "weight", "tiers")
         month = month_of(time.time())
-        with opened(open_database, database) as store, store.reader() as session:
+        with opened(partial(open_database, database)) as store, store.reader() as session:
             rows: list[Sequence[Cell]] = [
                 (
                     tenant.id,
@@ -193,7 +194,7 @@ def _build_tenants_cli(open_database: OpenDatabase) -> typer.Typer:
         """Change the limits that are given, leave the others. Running servers see it at the next request."""
         from declaim.api.store.tenants import Tenant, limits_of, set_tenant
 
-        with opened(open_database, database) as store, store.session() as session:
+        with opened(partial(open_database, database)) as store, store.session() as session:
             limits = _changed(
                 session.get(Tenant, tenant),
                 rpm=rpm,
@@ -232,7 +233,7 @@ def _build_usage_command(open_database: OpenDatabase) -> Callable[..., None]:
         groups = list(dict.fromkeys(name.strip() for name in by.split(",")))
         if not set(groups) <= _GROUPS.keys():
             exit_with(f"--by is {by!r}: give some of {','.join(_GROUPS)}", code=2)
-        with opened(open_database, database) as store, store.reader() as session:
+        with opened(partial(open_database, database)) as store, store.reader() as session:
             sums = sum_usage(
                 session,
                 tenant="" if tenant == NO_TENANT else tenant,
@@ -246,10 +247,7 @@ def _build_usage_command(open_database: OpenDatabase) -> Callable[..., None]:
         rows: list[Sequence[Cell]] = [
             (
                 *([_date(item.start)[:10]] if daily else []),
-                *(
-                    value or NO_TENANT if name == "tenant" else value
-                    for name, value in zip(groups, item.by, strict=True)
-                ),
+                *(_shown(name, value) for name, value in zip(groups, item.by, strict=True)),
                 item.num_requests,
                 item.chars,
                 round(item.generated_s, 2),
@@ -263,13 +261,13 @@ def _build_usage_command(open_database: OpenDatabase) -> Callable[..., None]:
 
 
 @contextmanager
-def opened(open_database: OpenDatabase, url: str | None) -> Iterator[Database]:
+def opened(open_database: Callable[[], Database]) -> Iterator[Database]:
     """The database for one command; what goes wrong with it ends the command."""
     from declaim.api.store.database import StoreUnavailable
 
     with exits_on_error():
         try:
-            database = open_database(url)
+            database = open_database()
             try:
                 yield database
             finally:

@@ -23,7 +23,7 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeEl
 from rich.text import Text
 
 from declaim.api import serve_options as opt
-from declaim.api.admin_cli import OpenDatabase, add_admin_commands, open_store
+from declaim.api.admin_cli import OpenDatabase, add_admin_commands, open_store, opened
 from declaim.api.lexicon_cli import build_lexicon_cli
 from declaim.api.models import build_models_cli, open_default_hub, quantize
 from declaim.api.plan import plan
@@ -81,7 +81,17 @@ def build_cli(
     add_admin_commands(app, open_database)
     app.add_typer(build_lexicon_cli(open_database), name="lexicon")
     app.add_typer(build_bench_cli(), name="bench")
+    _add_say(app, factory)
+    _add_serve(app, factory, open_database)
+    return app
 
+
+def main() -> None:
+    """The `declaim` command."""
+    build_cli()()
+
+
+def _add_say(app: typer.Typer, factory: EngineFactory) -> None:
     @app.command()
     def say(
         text: Annotated[str, typer.Argument(help="What to say; - reads it from standard input.")],
@@ -127,6 +137,8 @@ def build_cli(
             finally:
                 engine.close()
 
+
+def _add_serve(app: typer.Typer, factory: EngineFactory, open_database: OpenDatabase) -> None:
     @app.command()
     def serve(
         model: opt.ModelOption = DEFAULT_MODEL,
@@ -202,13 +214,6 @@ def build_cli(
         if failure is not None:
             exit_with(f"the model could not be served: {failure}", code=1)
 
-    return app
-
-
-def main() -> None:
-    """The `declaim` command."""
-    build_cli()()
-
 
 def _serve(
     load: Callable[[ProgressCallback], SpeechEngine],
@@ -223,30 +228,22 @@ def _serve(
 ) -> str | None:
     """Say where the server is and who may come in, and serve until a signal comes; why it could not, if so."""
     from declaim.api.server import check_open_to, run_server
-    from declaim.api.store.database import StoreUnavailable
 
     url = _url_of(listener)
     body = f'{{"model":"{model}","input":"Hello.","response_format":"wav"}}'
     curl = f"curl {url}/v1/audio/speech -H 'content-type: application/json' -d '{body}' -o hello.wav"
-    with exits_on_error(), listener:
-        try:
-            database = open_database()
-            has_keys = check_open_to(host, database, is_open=options.is_open)
-        except StoreUnavailable as error:
-            exit_with(error.detail, code=1)
+    with listener, opened(open_database) as database:
+        has_keys = check_open_to(host, database, is_open=options.is_open)
         print(f"declaim serves {model} at {url} as soon as {url}/ready says so; try: {curl}", flush=True)
         if options.is_open or not has_keys:
             print(f"It lets everybody in who can reach {host}: {_how_open(options.is_open)}", flush=True)
         if num_workers == 1:
-            failure = run_server(load, listener, database, options, host=host)
-        else:
-            from declaim.api.workers import run_workers
+            return run_server(load, listener, database, options, host=host)
+        from declaim.api.workers import run_workers
 
-            failure = run_workers(
-                load, listener, database, options, host=host, num_workers=num_workers, set_up_logs=start_logs
-            )
-        database.close()
-        return failure
+        return run_workers(
+            load, listener, database, options, host=host, num_workers=num_workers, set_up_logs=start_logs
+        )
 
 
 def _read_text(argument: str) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -81,7 +82,7 @@ def _tables(open_database: OpenDatabase, url: str | None, tenant: str) -> Iterat
     from declaim.api.store.lexicons import LexiconTables
     from declaim.api.store.tenants import Tenant
 
-    with opened(open_database, url) as database:
+    with opened(partial(open_database, url)) as database:
         with database.reader() as session:
             if tenant and session.get(Tenant, tenant) is None:
                 exit_with(f"there is no tenant {tenant}: `declaim tenants list` shows those there are", code=2)
