@@ -13,12 +13,13 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Literal
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.multiprocess import MultiProcessCollector
 from prometheus_client.registry import Collector
 
 from declaim.api.gate import NO_TENANT, Admission, Caller, Gate, Usage
+from declaim.api.heap import HeapCollector
 from declaim.api.serving import Serving
 from declaim.api.tenant_errors import QuotaExceeded, RateLimited, TooManyStreams
 from declaim.engine.request import Tier
@@ -48,6 +49,7 @@ class _EngineCollector(Collector):
         yield GaugeMetricFamily("declaim_waiting_sequences", "Sequences waiting for a place", stats.waiting)
         yield GaugeMetricFamily("declaim_kv_blocks_used", "KV blocks in use", stats.blocks_used)
         yield GaugeMetricFamily("declaim_kv_blocks_total", "KV blocks there are", stats.blocks_total)
+        yield GaugeMetricFamily("declaim_kv_cache_bytes", "What the KV cache takes once written", stats.cache_bytes)
         yield GaugeMetricFamily("declaim_streams", "Streams open in the engine", stats.streams)
         yield GaugeMetricFamily("declaim_vocoder_pending", "Windows not decoded yet", stats.vocoder_pending)
         yield GaugeMetricFamily("declaim_vocoder_workers", "Vocoder workers ready", stats.vocoder_workers)
@@ -79,6 +81,8 @@ class ServerMetrics:
         self._registry = CollectorRegistry()
         self._engine = _EngineCollector(serving)
         self._registry.register(self._engine)
+        self._registry.register(HeapCollector())
+        ProcessCollector(registry=self._registry)
         self.requests = Counter(
             "declaim_requests", "Speech requests ended", ["status", "outcome"], registry=self._registry
         )

@@ -9,12 +9,15 @@ The verdict is on what follows a warm-up of a quarter of the run, in the process
 
 - memory may rise by --growth MB an hour beyond what the samples scatter, by the medians of the first and last third,
   and once by --settling MB: in minutes, caches that still fill cannot be told from a leak;
+- what is alive of the server's memory may rise by --live MB an hour (malloc's blocks) and by 1 % (Python's), by the
+  same medians, the whole of the KV cache counted from the start; its resident memory may also rise by what that takes,
+  once: a page of it is resident from when it is first written;
 - threads and handles may not rise by more than 4 and 16 from the first third to the last, nor in the silence after it;
 - no process may be left that the first third did not have, beyond one vocoder worker;
 - in that silence no stream, block, window or connection is left, and no vocoder worker was lost on the way;
 - every stream ends whole or by its listener's own hanging up.
 
-    python benchmarks/soak.py [--minutes 30] [--listeners 4] [--rest 1.0] [--vocoder ray] [--growth 20]
+    python benchmarks/soak.py [--minutes 30] [--listeners 4] [--rest 1.0] [--vocoder ray] [--growth 20] [--live 5]
 """
 
 from __future__ import annotations
@@ -29,7 +32,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import aiohttp
@@ -49,21 +52,25 @@ SHARE_HUNG_UP, SHARE_WEBSOCKET, SHARE_REPEATED = 0.2, 0.2, 0.2
 ENDS = ("whole", "hung up")
 PROGRESS_S = 30.0
 CACHE_GB = 0.02
-# Pages of the KV cache count as the server's only once written: a large cache looks like a leak until all of it was.
-MEMORY_GB = 0.43
+MEMORY_GB = 0.43  # for a small KV cache
+PYTHON_GROWTH = 0.01
 # What may come and go by more than the load explains: a pool's idle threads, connections kept alive.
 SLACK = {"threads": 4, "handles": 16}
 
 
 @dataclass(frozen=True, slots=True)
 class Process:
-    """One process at one moment. vram_mb: 0 where no GPU is."""
+    """One process at one moment. vram_mb: 0 where no GPU is. Of the server only: heap_mb and python_blocks, what is
+    alive; cache_mb, the KV cache, written or not."""
 
     name: str
     rss_mb: float
     threads: int
     handles: int
     vram_mb: float = 0.0
+    heap_mb: float = 0.0
+    python_blocks: float = 0.0
+    cache_mb: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,8 +81,8 @@ class Sample:
     processes: Mapping[int, Process]
 
 
-def sample(server: psutil.Process, began_s: float) -> Sample:
-    """Raises: ServerDied."""
+def sample(server: psutil.Process, told: Mapping[str, float], began_s: float) -> Sample:
+    """told: the server's gauges. Raises: ServerDied."""
     check_alive(server)
     vram_mb = _vram_mb()
     processes = {}
@@ -92,6 +99,12 @@ def sample(server: psutil.Process, began_s: float) -> Sample:
         except psutil.NoSuchProcess:
             continue
     check_alive(server)
+    processes[server.pid] = replace(
+        processes[server.pid],
+        heap_mb=told["declaim_heap_used_bytes"] / 1e6,
+        python_blocks=told["declaim_python_blocks"],
+        cache_mb=told["declaim_kv_cache_bytes"] / 1e6,
+    )
     return Sample(time.monotonic() - began_s, processes)
 
 
@@ -159,8 +172,6 @@ async def run(
     arguments: argparse.Namespace, url: str, server: psutil.Process
 ) -> tuple[list[Sample], Counter[str], dict[str, float]]:
     """Raises: ServerDied, in a group."""
-    began_s = time.monotonic()
-    until_s = began_s + 60 * arguments.minutes
     samples: list[Sample] = []
     ends: Counter[str] = Counter()
     async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
@@ -176,21 +187,24 @@ async def run(
         async def sampler() -> None:
             told_s = began_s
             while (now := time.monotonic()) < until_s:
-                samples.append(await asyncio.to_thread(sample, server, began_s))
+                told = await gauges(session, url)
+                samples.append(await asyncio.to_thread(sample, server, told, began_s))
                 if now - told_s >= PROGRESS_S:
                     told_s = now
                     _tell(samples[-1], ends, server, left_s=until_s - now)
                 await asyncio.sleep(arguments.sample)
 
+        began_s = time.monotonic()
+        until_s = began_s + 60 * arguments.minutes
         async with asyncio.TaskGroup() as group:
             group.create_task(sampler())
             for i in range(arguments.listeners):
                 group.create_task(listener(i))
         left = await left_over(session, url)
-        lost = (await gauges(session, url)).get("declaim_vocoder_restarts_total", 0.0)
-        if lost:
+        told = await gauges(session, url)
+        if lost := told.get("declaim_vocoder_restarts_total", 0.0):
             left["vocoder workers lost"] = lost
-        samples.append(sample(server, began_s))
+        samples.append(sample(server, told, began_s))
     return samples, ends, left
 
 
@@ -211,13 +225,15 @@ def _tell(now: Sample, ends: Counter[str], server: psutil.Process, *, left_s: fl
 @dataclass(frozen=True, slots=True)
 class Growth:
     """What a process did from the first third after the warm-up to the last. hours: between the middles of the two.
-    rss, vram: by how much they rise, and twice the scatter of the last third about its median, both in MB an hour."""
+    rss, vram, heap: by how much they rise, and twice the scatter of the last third about its median, in MB an hour.
+    """
 
     name: str
     pid: int
     hours: float
     rss: tuple[float, float]
     vram: tuple[float, float]
+    heap: tuple[float, float]
     first: Process
     last: Process
 
@@ -245,9 +261,8 @@ def growths(samples: Sequence[Sample]) -> list[Growth]:
             scatter = np.median(np.abs(new - np.median(new)))
             return float(np.median(new) - np.median(old)) / hours, float(2 * scatter) / hours
 
-        found.append(
-            Growth(after[-1].name, pid, hours, slope("rss_mb"), slope("vram_mb"), _middle(before), _middle(after))
-        )
+        rises = [slope(name) for name in ("rss_mb", "vram_mb", "heap_mb")]
+        found.append(Growth(after[-1].name, pid, hours, *rises, _middle(before), _middle(after)))
     return found
 
 
@@ -258,6 +273,9 @@ def _middle(moments: Sequence[Process]) -> Process:
         threads=int(np.median([process.threads for process in moments])),
         handles=int(np.median([process.handles for process in moments])),
         vram_mb=float(np.median([process.vram_mb for process in moments])),
+        heap_mb=float(np.median([process.heap_mb for process in moments])),
+        python_blocks=float(np.median([process.python_blocks for process in moments])),
+        cache_mb=moments[0].cache_mb,
     )
 
 
@@ -269,17 +287,28 @@ def judge(
     *,
     growth_mb: float,
     settling_mb: float,
+    live_mb: float,
 ) -> list[str]:
-    """What is wrong. samples: under load; silence: after it; left: what is not back at nothing. growth_mb: an hour."""
+    """What is wrong. samples: under load; silence: after it; left: what is not back at nothing. growth_mb, live_mb: an
+    hour."""
     faults = [f"{name}: {value:g} in the silence after the run" for name, value in left.items()]
     for growth in growths(samples):
         who = f"{growth.name} ({growth.pid})"
-        for what, (rise, trust) in (("memory", growth.rss), ("GPU memory", growth.vram)):
-            allowed = growth_mb + settling_mb / growth.hours
+        for what, (rise, trust), limit_mb, once_mb in (
+            ("memory", growth.rss, growth_mb, settling_mb + growth.last.cache_mb),
+            ("GPU memory", growth.vram, growth_mb, settling_mb),
+            ("live memory", growth.heap, live_mb, settling_mb),
+        ):
+            allowed = limit_mb + once_mb / growth.hours
             if rise - trust > allowed:
                 faults.append(
                     f"{who}: its {what} grows by {rise:.0f} MB an hour (+- {trust:.0f}), {allowed:.0f} may be"
                 )
+        if growth.last.python_blocks > (1 + PYTHON_GROWTH) * growth.first.python_blocks:
+            faults.append(
+                f"{who}: Python holds {growth.first.python_blocks:.0f} blocks after the warm-up,"
+                f" {growth.last.python_blocks:.0f} at the end"
+            )
         for name, slack in SLACK.items():
             before, after = getattr(growth.first, name), getattr(growth.last, name)
             ended = getattr(silence.processes[growth.pid], name) if growth.pid in silence.processes else 0
@@ -306,6 +335,7 @@ def main() -> None:
     parser.add_argument("--vocoder", choices=("ray", "inline"), default="ray")
     parser.add_argument("--sample", type=float, default=2.0, help="seconds between samples")
     parser.add_argument("--growth", type=float, default=20.0, help="MB an hour of memory that are no leak")
+    parser.add_argument("--live", type=float, default=5.0, help="MB an hour of live memory that are no leak")
     parser.add_argument("--settling", type=float, default=0.0, help="MB that each process may take once")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
@@ -325,14 +355,16 @@ def main() -> None:
         machine.end(document, {"verdict": died, "faults": [died], "ends": {}, "growth_mb_per_hour": {}})
         raise SystemExit(1)
     *loaded, silence = samples
-    faults = judge(loaded, silence, ends, left, growth_mb=arguments.growth, settling_mb=arguments.settling)
+    faults = judge(
+        loaded, silence, ends, left, growth_mb=arguments.growth, settling_mb=arguments.settling, live_mb=arguments.live
+    )
     told = growths(loaded)
     machine.print_table(
         "processes that lived through it, after the warm-up and at the end",
-        ["process", "RSS MB", "", "MB an hour", "+-", "threads", "", "handles", ""],
+        ["process", "RSS MB", "", "MB an hour", "+-", "live MB", "", "threads", "", "handles", ""],
         [
-            [g.name, g.first.rss_mb, g.last.rss_mb, *g.rss, g.first.threads, g.last.threads, g.first.handles]
-            + [g.last.handles]
+            [g.name, g.first.rss_mb, g.last.rss_mb, *g.rss, g.first.heap_mb, g.last.heap_mb]
+            + [g.first.threads, g.last.threads, g.first.handles, g.last.handles]
             for g in told
         ],
     )
@@ -342,7 +374,9 @@ def main() -> None:
         "FAILED: " + "; ".join(faults)
         if faults
         else f"nothing grows beyond what may: the server {own.rss[0]:+.0f} MB an hour (+- {own.rss[1]:.0f}), "
-        f"{arguments.growth:g} may be, and once {arguments.settling:g} MB"
+        f"{arguments.growth:g} may be, and once the {own.last.cache_mb:.0f} MB of its cache; alive of it "
+        f"{own.heap[0]:+.1f} MB an hour (+- {own.heap[1]:.1f}), {arguments.live:g} may be; and once "
+        f"{arguments.settling:g} MB of either"
     )
     machine.CONSOLE.print(verdict, soft_wrap=True)
     machine.end(

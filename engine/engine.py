@@ -329,6 +329,7 @@ class Engine:
             streams=len(self._streams),
             blocks_used=self._scheduler.num_blocks_used,
             blocks_total=self._scheduler.num_blocks,
+            cache_bytes=self.plan.kv_bytes,
             vocoder_pending=self._vocoder.num_pending,
             steps=self._num_steps,
             frames=self._num_frames,

@@ -144,6 +144,7 @@ class FakeEngine:
             waiting=4,
             streams=7,
             blocks_used=5,
+            cache_bytes=0,
             blocks_total=60,
             vocoder_pending=8,
             steps=900,
@@ -161,7 +162,7 @@ def scripted(**changes: object) -> FakeEngine:
     return FakeEngine(replace(Script(), **changes))  # type: ignore[arg-type]
 
 
-def eventually(condition: Callable[[], bool], *, within_s: float = 5.0) -> bool:
+def eventually(condition: Callable[[], bool], *, within_s: float = 30.0) -> bool:
     """Whether `condition` comes true in time."""
     deadline = time.perf_counter() + within_s
     while not condition():

@@ -18,6 +18,7 @@ import pytest
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 SERVER, WORKER = 100, 200
+ALIVE = {"declaim_heap_used_bytes": 3e8, "declaim_python_blocks": 1e6, "declaim_kv_cache_bytes": 6e7}
 ENDS = {"whole": 100, "hung up": 20}
 
 
@@ -30,13 +31,16 @@ def soak() -> Any:
         yield soak
 
 
-def samples_of(soak: Any, *, hours: float = 0.5, **values: Callable[[float], float]) -> list[Any]:
+def samples_of(
+    soak: Any, *, hours: float = 0.5, cache_mb: float = 0.0, **values: Callable[[float], float]
+) -> list[Any]:
     """A server and a worker, sampled 900 times; values: of the server, or with a leading `worker_` of the worker, by
     the hour."""
     rng = np.random.default_rng(0)
 
     def process(name: str, prefix: str, at: float) -> Any:
-        fields = {"rss_mb": 600.0, "threads": 30, "handles": 40, "vram_mb": 0.0}
+        fields = {"rss_mb": 600.0, "threads": 30, "handles": 40, "vram_mb": 0.0, "heap_mb": 0.0, "python_blocks": 0.0}
+        fields["cache_mb"] = cache_mb
         fields |= {key: values[prefix + key](at) for key in fields if prefix + key in values}
         fields["rss_mb"] += rng.normal(0.0, 4.0)
         return soak.Process(name, **fields)
@@ -49,7 +53,14 @@ def samples_of(soak: Any, *, hours: float = 0.5, **values: Callable[[float], flo
 
 
 def judged(soak: Any, samples: list[Any], **changes: Any) -> list[str]:
-    fields = {"silence": samples[-1], "ends": ENDS, "left": {}, "growth_mb": 20.0, "settling_mb": 0.0} | changes
+    fields = {
+        "silence": samples[-1],
+        "ends": ENDS,
+        "left": {},
+        "growth_mb": 20.0,
+        "settling_mb": 0.0,
+        "live_mb": 5.0,
+    } | changes
     faults: list[str] = soak.judge(samples, **fields)
     return faults
 
@@ -58,12 +69,18 @@ def test_what_scatters_and_what_was_taken_in_the_warm_up_is_no_leak(soak: Any) -
     assert judged(soak, samples_of(soak, rss_mb=lambda at: 500.0 + min(100.0, 1000.0 * at))) == []
 
 
+def test_pages_of_the_cache_that_are_written_are_no_leak(soak: Any) -> None:
+    assert judged(soak, samples_of(soak, rss_mb=lambda at: 600.0 + 80.0 * at, cache_mb=60.0)) == []
+
+
 @pytest.mark.parametrize(
     ("values", "told"),
     [
         ({"rss_mb": lambda at: 600.0 + 80.0 * at}, "server (100): its memory grows by"),
         ({"worker_rss_mb": lambda at: 600.0 + 80.0 * at}, "worker (200): its memory grows by"),
         ({"worker_vram_mb": lambda at: 900.0 + 80.0 * at}, "worker (200): its GPU memory grows by"),
+        ({"heap_mb": lambda at: 300.0 + 9.0 * at}, "server (100): its live memory grows by 9 MB an hour"),
+        ({"python_blocks": lambda at: 1e6 + 1e5 * at}, "server (100): Python holds 10"),
         ({"threads": lambda at: 30 + int(40 * at)}, "server (100): 37 threads after the warm-up, 47 at the end"),
         ({"worker_handles": lambda at: 40 + int(100 * at)}, "worker (200): 58 handles after the warm-up"),
     ],
@@ -100,8 +117,9 @@ def test_a_process_is_sampled_with_its_memory_on_the_gpu_and_a_dead_one_is_told(
         fake.write_text(f"#!/bin/sh\necho '{child.pid}, 1000'\necho '1, [N/A]'\n")
         fake.chmod(0o755)
         monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
-        found = soak.sample(psutil.Process(child.pid), time.monotonic()).processes[child.pid]
+        found = soak.sample(psutil.Process(child.pid), ALIVE, time.monotonic()).processes[child.pid]
         assert (found.name, round(found.vram_mb)) == ("server", 1049)
+        assert (found.heap_mb, found.python_blocks, found.cache_mb) == (300, 1e6, 60)
         assert found.rss_mb > 1 and found.threads >= 1 and found.handles >= 3
         server = psutil.Process(child.pid)
         child.send_signal(signal.SIGKILL)
@@ -109,7 +127,7 @@ def test_a_process_is_sampled_with_its_memory_on_the_gpu_and_a_dead_one_is_told(
         while server.status() != psutil.STATUS_ZOMBIE:
             assert time.monotonic() < end_s
         with pytest.raises(Exception, match="ended by itself") as caught:
-            soak.sample(server, time.monotonic())
+            soak.sample(server, ALIVE, time.monotonic())
         assert type(caught.value).__name__ == "ServerDied"
 
 
