@@ -18,7 +18,8 @@ import numpy as np
 import random_dia
 import torch
 from gpu_run import DEVICE, REPLAYS, Mark, Run, Watch, median_s, synchronize, used_bytes
-from random_dia import DiaSize, quiet_transformers
+from random_dia import GUIDANCE, LARGE, REAL_DAC_WIDTH, REHEARSED, TOP_K, DiaSize, generation_config, quiet_transformers
+from silent_vocoder import SilentVocoder
 from texts import text_of_length
 
 from declaim.engine import Engine, EngineConfig, SamplingParams, SpeechRequest
@@ -31,44 +32,9 @@ from declaim.engine.memory import Load, plan_device, probe_device
 from declaim.engine.models.zonos import ZonosConfig, ZonosModel, zonos_spec
 from declaim.engine.parts import ZONOS_HYBRID, ZONOS_TRANSFORMER, describe_model
 from declaim.engine.safetensors_io import read_json
-from declaim.engine.vocoder.base import DecodedWindow, Wake, Window
 from declaim.engine.vocoder.inline import InlineVocoder
 
-# Dia-1.6B's own sizes.
-LARGE = DiaSize(
-    layers=18,
-    hidden=2048,
-    heads=16,
-    kv_heads=4,
-    cross_heads=16,
-    head_dim=128,
-    ffn=8192,
-    encoder_layers=12,
-    encoder_hidden=1024,
-    encoder_heads=16,
-    encoder_ffn=4096,
-    max_positions=3072,
-)
-# For a rehearsal in the interpreter, where every row of every codebook counts.
-REHEARSED = DiaSize(
-    layers=1,
-    hidden=32,
-    heads=2,
-    kv_heads=1,
-    cross_heads=2,
-    head_dim=16,
-    ffn=32,
-    encoder_layers=1,
-    encoder_hidden=32,
-    encoder_heads=2,
-    encoder_ffn=32,
-    max_positions=128,
-    delay=(0, 1, 2),
-    codebook_size=64,
-)
-REAL_DAC_WIDTH = 1536
 BUDGET_GB = 20.0  # holds any of these crowds, and lets sections run beside one another
-GUIDANCE, TOP_K = 3.0, 45
 STEP_CONTEXT, TEXT_LEN = 500, 128
 SPOKEN_FRAMES = 430  # 5 seconds
 ZONOS = {"transformer": ZONOS_TRANSFORMER, "hybrid": ZONOS_HYBRID}
@@ -177,10 +143,10 @@ def time_transformers(run: Run) -> None:
         for batch in (batch for batch in (1, 64) if batch <= max(run.batches)):
             texts = [request.text for request in _requests(run, batch, frames)]
             inputs = _inputs(processor, size, texts)
-            model.generate(**inputs, generation_config=_generation(size, 4))
+            model.generate(**inputs, generation_config=generation_config(size, 4))
             synchronize()
             begin = time.perf_counter()
-            model.generate(**inputs, generation_config=_generation(size, frames))
+            model.generate(**inputs, generation_config=generation_config(size, frames))
             synchronize()
             speeds[str(batch)] = batch * frames / random_dia.FRAME_RATE_HZ / (time.perf_counter() - begin)
             run.put("audio_s_per_s", speeds)
@@ -386,7 +352,7 @@ def _open_dia(folder: Path, precision: Any, *, max_batch: int) -> Engine:
     """An engine whose vocoder makes silence: the step is what is timed."""
     config = EngineConfig(device=DEVICE, dtype=precision, max_batch=max_batch, memory_gb=BUDGET_GB).resolve()
     model, codec, _ = load_model(find_model(str(folder)), config)
-    return Engine(model, config, make_vocoder=lambda wake: _Silence(codec.spec.hop, wake=wake), model_name="dia")
+    return Engine(model, config, make_vocoder=lambda wake: SilentVocoder(codec.spec.hop, wake=wake), model_name="dia")
 
 
 def _replay_us(runner: GraphRunner, batch: int) -> float:
@@ -425,10 +391,9 @@ def _transformers_codes(folder: Path, size: DiaSize, text: str, *, frames: int) 
         model: Any = DiaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).to(DEVICE).eval()
         processor: Any = DiaProcessor.from_pretrained(folder)
         inputs = _inputs(processor, size, [text])
-        config = _generation(size, frames)
+        config = generation_config(size, frames)
         grid = model.generate(**inputs, generation_config=config)[0].cpu().numpy()
-    rows = np.arange(frames)
-    return np.stack([grid[rows + 1 + delay, q] for q, delay in enumerate(size.delay)], axis=1)
+    return random_dia.undelay(grid, size, frames)
 
 
 def _inputs(processor: Any, size: DiaSize, texts: list[str]) -> Any:
@@ -438,21 +403,6 @@ def _inputs(processor: Any, size: DiaSize, texts: list[str]) -> Any:
         of_audio = {"delay_pattern": list(size.delay), "bos_token_id": size.bos}
         of_audio |= {"eos_token_id": size.eos, "pad_token_id": size.pad}
     return processor(text=texts, padding=True, return_tensors="pt", **of_audio).to(DEVICE)
-
-
-def _generation(size: DiaSize, frames: int) -> Any:
-    from transformers import GenerationConfig
-
-    return GenerationConfig(
-        max_new_tokens=frames + size.num_drain_rows,
-        do_sample=False,
-        guidance_scale=GUIDANCE,
-        top_k=TOP_K,
-        bos_token_id=size.bos,
-        decoder_start_token_id=size.bos,
-        eos_token_id=size.eos,
-        pad_token_id=size.pad,
-    )
 
 
 def _requests(run: Run, count: int, frames: int, *, words: str = "[S1] ") -> list[SpeechRequest]:
@@ -465,29 +415,3 @@ def _request(text: str, frames: int) -> SpeechRequest:
     seconds = (frames + 0.5) / random_dia.FRAME_RATE_HZ
     sampling = SamplingParams(temperature=0.0, guidance_scale=GUIDANCE, top_k=TOP_K, max_seconds=seconds)
     return SpeechRequest(text, sampling=sampling, normalize=False)
-
-
-class _Silence:
-    """Keeps the vocoder's contract without a codec."""
-
-    def __init__(self, hop: int, *, wake: Wake) -> None:
-        self._hop, self._wake = hop, wake
-        self._windows: list[Window] = []
-
-    def submit(self, windows: Sequence[Window]) -> None:
-        self._windows += windows
-        self._wake()
-
-    def poll(self) -> list[DecodedWindow]:
-        windows, self._windows = self._windows, []
-        return [DecodedWindow(w.sequence_id, w.index, np.zeros(w.num_frames * self._hop, np.float32)) for w in windows]
-
-    def cancel(self, sequence_id: int) -> None:
-        self._windows = [window for window in self._windows if window.sequence_id != sequence_id]
-
-    @property
-    def num_pending(self) -> int:
-        return len(self._windows)
-
-    def close(self) -> None:
-        self._windows.clear()

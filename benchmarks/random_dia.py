@@ -11,7 +11,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from transformers import (
     DacConfig,
     DacModel,
@@ -20,14 +22,16 @@ from transformers import (
     DiaForConditionalGeneration,
     DiaProcessor,
     DiaTokenizer,
+    GenerationConfig,
 )
 from transformers.models.dia.configuration_dia import DiaDecoderConfig, DiaEncoderConfig
 from transformers.utils import logging as transformers_logging
 
 DELAY = (0, 8, 9, 10, 11, 12, 13, 14, 15)
-BOS, EOS, PAD = 1026, 1024, 1025
-NUM_DRAIN_ROWS = 16
 FRAME_RATE_HZ = 44100 / 512
+REAL_DAC_WIDTH = 1536
+# What all that speak with one of these draw with.
+GUIDANCE, TOP_K = 3.0, 45
 
 
 @dataclass(frozen=True)
@@ -67,6 +71,7 @@ class DiaSize:
 
     @property
     def num_drain_rows(self) -> int:
+        """Rows after the last frame's first code, until its last codebook's."""
         return max(self.delay) + 1
 
 
@@ -100,6 +105,39 @@ TINY = DiaSize(
     max_positions=512,
 )
 
+# Dia-1.6B's own sizes.
+LARGE = DiaSize(
+    layers=18,
+    hidden=2048,
+    heads=16,
+    kv_heads=4,
+    cross_heads=16,
+    head_dim=128,
+    ffn=8192,
+    encoder_layers=12,
+    encoder_hidden=1024,
+    encoder_heads=16,
+    encoder_ffn=4096,
+    max_positions=3072,
+)
+# For a rehearsal in the interpreter, where every row of every codebook counts.
+REHEARSED = DiaSize(
+    layers=1,
+    hidden=32,
+    heads=2,
+    kv_heads=1,
+    cross_heads=2,
+    head_dim=16,
+    ffn=32,
+    encoder_layers=1,
+    encoder_hidden=32,
+    encoder_heads=2,
+    encoder_ffn=32,
+    max_positions=128,
+    delay=(0, 1, 2),
+    codebook_size=64,
+)
+
 
 @contextlib.contextmanager
 def quiet_transformers() -> Iterator[None]:
@@ -127,7 +165,7 @@ def save_dia(
     """Save model, processor, and a DAC in codec/. Returns the number of the decoder's parameters.
 
     scale: standard deviation of every matrix. Attention is not divided by sqrt(head_dim) in this family, so a large
-    scale makes it all but one-hot. dac_width: 1536 is the real one's. device: where the weights are drawn.
+    scale makes it all but one-hot. dac_width: REAL_DAC_WIDTH is the real one's. device: where the weights are drawn.
     """
     torch.manual_seed(seed)
     with quiet_transformers():
@@ -185,7 +223,7 @@ def save_dac(folder: Path, size: DiaSize, *, width: int) -> None:
     """Save a DAC with the real strides, for the codebooks of `size`; its decoder is so wide at its widest."""
     DacModel(
         DacConfig(
-            encoder_hidden_size=8 if width < 1536 else 64,
+            encoder_hidden_size=8 if width < REAL_DAC_WIDTH else 64,
             decoder_hidden_size=width,
             n_codebooks=len(size.delay),
             codebook_size=size.codebook_size,
@@ -194,3 +232,27 @@ def save_dac(folder: Path, size: DiaSize, *, width: int) -> None:
             downsampling_ratios=[2, 4, 8, 8],
         )
     ).save_pretrained(folder)
+
+
+def generation_config(
+    size: DiaSize, num_frames: int, *, temperature: float | None = None, top_p: float | None = None
+) -> GenerationConfig:
+    """What transformers' generate() takes for so many frames; greedy without a temperature."""
+    return GenerationConfig(
+        max_new_tokens=num_frames + size.num_drain_rows,
+        do_sample=temperature is not None,
+        guidance_scale=GUIDANCE,
+        temperature=temperature,
+        top_k=TOP_K,
+        top_p=top_p,
+        bos_token_id=size.bos,
+        decoder_start_token_id=size.bos,
+        eos_token_id=size.eos,
+        pad_token_id=size.pad,
+    )
+
+
+def undelay(grid: NDArray[np.int64], size: DiaSize, num_frames: int) -> NDArray[np.int64]:
+    """What generate() made, a delayed grid [T, Q] -> its first frames [num_frames, Q]."""
+    rows = np.arange(num_frames)
+    return np.stack([grid[rows + 1 + delay, q] for q, delay in enumerate(size.delay)], axis=1)

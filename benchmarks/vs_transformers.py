@@ -38,13 +38,13 @@ import profiling
 import random_dia
 import torch
 from numpy.typing import NDArray
-from random_dia import DELAY, FRAME_RATE_HZ, NUM_DRAIN_ROWS, quiet_transformers
+from random_dia import FRAME_RATE_HZ, GUIDANCE, TOP_K, DiaSize, quiet_transformers
+from silent_vocoder import SilentVocoder
 from texts import text_of_length
-from transformers import DiaForConditionalGeneration, DiaProcessor, GenerationConfig
+from transformers import DiaForConditionalGeneration, DiaProcessor
 
 from declaim.engine import Engine, EngineConfig, SamplingParams, SpeechRequest
 from declaim.engine.loader import find_model, load_model
-from declaim.engine.vocoder.base import DecodedWindow, Wake, Window
 
 QUESTION = "Dia codes: transformers one by one and in a static batch, and declaim"
 SECONDS = (2.0, 7.3, 4.1, 9.0, 3.2, 5.5, 2.4, 8.1, 6.0, 2.9, 4.8, 7.0, 3.6, 5.1, 2.2, 6.6)
@@ -52,7 +52,7 @@ QUICK_SECONDS = (0.3, 0.9, 0.5)
 CHARS_PER_SECOND = 15
 STATIC_BATCH = 4  # requests, of the smaller batches
 SHORT_FRAMES = 8  # of the request that warms a system up
-GUIDANCE, TEMPERATURE, TOP_K, TOP_P = 3.0, 1.2, 45, 0.95
+TEMPERATURE, TOP_P = 1.2, 0.95
 
 Codes = list[NDArray[np.int64]]
 
@@ -63,11 +63,6 @@ class Ask:
 
     text: str
     num_frames: int
-
-    @property
-    def max_new_tokens(self) -> int:
-        """transformers counts the rows that drain the delays too."""
-        return self.num_frames + NUM_DRAIN_ROWS
 
     @property
     def seconds(self) -> float:
@@ -83,40 +78,11 @@ class Run:
     codes: Codes
 
 
-class SilentVocoder:
-    """Keeps the vocoder's contract and returns silence, so that only the making of codes is timed."""
-
-    def __init__(self, hop: int, *, wake: Wake) -> None:
-        self._hop = hop
-        self._wake = wake
-        self._windows: list[Window] = []
-
-    def submit(self, windows: Sequence[Window]) -> None:
-        self._windows += windows
-        if windows:
-            self._wake()
-
-    def poll(self) -> list[DecodedWindow]:
-        windows, self._windows = self._windows, []
-        return [
-            DecodedWindow(w.sequence_id, w.index, np.zeros(w.num_frames * self._hop, dtype=np.float32)) for w in windows
-        ]
-
-    def cancel(self, sequence_id: int) -> None:
-        self._windows = [window for window in self._windows if window.sequence_id != sequence_id]
-
-    @property
-    def num_pending(self) -> int:
-        return len(self._windows)
-
-    def close(self) -> None:
-        self._windows.clear()
-
-
 class Transformers:
     """transformers' pipeline up to the codes."""
 
-    def __init__(self, folder: Path, *, sampled: bool, device: str, dtype: str) -> None:
+    def __init__(self, folder: Path, size: DiaSize, *, sampled: bool, device: str, dtype: str) -> None:
+        self._size = size
         self._sampled = sampled
         self._device = device
         with quiet_transformers():
@@ -127,36 +93,22 @@ class Transformers:
 
     def generate(self, asks: Sequence[Ask]) -> Codes:
         """One batch, which runs until its longest request is done. Returns what each asked for."""
+        longest = max(ask.num_frames for ask in asks)
+        sampling = {"temperature": TEMPERATURE, "top_p": TOP_P} if self._sampled else {}
         with quiet_transformers(), torch.inference_mode():
             inputs = self._processor(text=[ask.text for ask in asks], return_tensors="pt").to(self._device)
-            grids: Any = self._model.generate(**inputs, generation_config=self._settings(asks))
-        longest = max(ask.num_frames for ask in asks)
-        frames = [_undelay(grid) for grid in grids.cpu().numpy()]
+            config = random_dia.generation_config(self._size, longest, **sampling)
+            grids: Any = self._model.generate(**inputs, generation_config=config)
+        frames = [self._undelay(grid) for grid in grids.cpu().numpy()]
         lengths = [len(codes) for codes in frames]
         if lengths != [longest] * len(asks):
             raise RuntimeError(f"transformers made {lengths} frames where {longest} were asked for")
         return [codes[: ask.num_frames] for codes, ask in zip(frames, asks, strict=True)]
 
-    def _settings(self, asks: Sequence[Ask]) -> GenerationConfig:
-        return GenerationConfig(
-            max_new_tokens=max(ask.max_new_tokens for ask in asks),
-            do_sample=self._sampled,
-            guidance_scale=GUIDANCE,
-            temperature=TEMPERATURE if self._sampled else None,
-            top_k=TOP_K,
-            top_p=TOP_P if self._sampled else None,
-            bos_token_id=random_dia.BOS,
-            decoder_start_token_id=random_dia.BOS,
-            eos_token_id=random_dia.EOS,
-            pad_token_id=random_dia.PAD,
-        )
-
-
-def _undelay(grid: NDArray[np.int64]) -> NDArray[np.int64]:
-    """A delayed grid [T, Q] -> its frames; the audio ends where codebook 0 holds the end code."""
-    end = int(np.flatnonzero(grid[:, 0] == random_dia.EOS)[0])
-    frames = np.arange(end - 1)
-    return np.stack([grid[frames + 1 + delay, q] for q, delay in enumerate(DELAY)], axis=1)
+    def _undelay(self, grid: NDArray[np.int64]) -> NDArray[np.int64]:
+        """A delayed grid [T, Q] -> its frames; the audio ends where codebook 0 holds the end code."""
+        end = int(np.flatnonzero(grid[:, 0] == self._size.eos)[0])
+        return random_dia.undelay(grid, self._size, end - 1)
 
 
 def _requests(asks: Sequence[Ask], *, sampled: bool) -> list[SpeechRequest]:
@@ -187,6 +139,10 @@ def _speak(engine: Engine, asks: Sequence[Ask], *, sampled: bool) -> Codes:
     return [result.codes.astype(np.int64) for result in results]
 
 
+def _size(args: argparse.Namespace) -> DiaSize:
+    return random_dia.TINY if args.quick else random_dia.MEDIUM
+
+
 def _config(args: argparse.Namespace) -> EngineConfig:
     return EngineConfig(device=args.device, dtype=args.dtype, max_batch=args.max_batch, num_threads=args.threads)
 
@@ -211,7 +167,7 @@ def _timed(name: str, work: Callable[[], Codes], *, warm_up: Callable[[], object
 
 def _run_transformers(folder: Path, asks: Sequence[Ask], args: argparse.Namespace) -> list[Run]:
     torch.set_num_threads(args.threads)
-    theirs = Transformers(folder, sampled=args.sampled, device=args.device, dtype=args.dtype)
+    theirs = Transformers(folder, _size(args), sampled=args.sampled, device=args.device, dtype=args.dtype)
     torch.manual_seed(0)
     short = [Ask(asks[0].text, SHORT_FRAMES)]
     groups = [asks[i : i + STATIC_BATCH] for i in range(0, len(asks), STATIC_BATCH)]
@@ -320,7 +276,9 @@ def _report(runs: Sequence[Run], asks: Sequence[Ask], *, sampled: bool) -> dict[
     result["greedy"] = {
         "declaim vs one by one": _agreement(codes["declaim"], codes["transformers, one by one"]),
         "static batch vs one by one, less 16 frames": _agreement(
-            codes["transformers, static batch"], codes["transformers, one by one"], skip_last=NUM_DRAIN_ROWS
+            codes["transformers, static batch"],
+            codes["transformers, one by one"],
+            skip_last=random_dia.MEDIUM.num_drain_rows,
         ),
         "declaim, with vocoder vs without": _agreement(codes["declaim, with vocoder"], codes["declaim"]),
     }
@@ -351,7 +309,7 @@ def main() -> None:
     if args.device == "cuda" and not torch.cuda.is_available():
         raise SystemExit(f"--device is cuda, and torch {torch.__version__} sees no GPU here: use cpu")
     torch.set_num_threads(args.threads)
-    size = random_dia.TINY if args.quick else random_dia.MEDIUM
+    size = _size(args)
     scale = 0.15 if args.quick else 0.02
     seconds = QUICK_SECONDS if args.quick else SECONDS
     asks = [
