@@ -16,10 +16,6 @@ from pathlib import Path
 
 import platformdirs
 import sqlalchemy as sa
-from alembic import command
-from alembic.config import Config
-from alembic.migration import MigrationContext
-from alembic.script import ScriptDirectory
 from sqlalchemy import event, exc, orm
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.engine.interfaces import DBAPIConnection
@@ -121,6 +117,12 @@ class Database:
 
         Raises: StoreUnavailable. InvalidConfig where the schema is newer than this program.
         """
+        # Half a second to import, which no API worker needs.
+        from alembic import command
+        from alembic.config import Config
+        from alembic.migration import MigrationContext
+        from alembic.script import ScriptDirectory
+
         config = Config()
         config.set_main_option("script_location", _MIGRATIONS)
         config.set_main_option("path_separator", "os")

@@ -242,12 +242,12 @@ def test_a_shared_generation_outlives_its_first_client_and_ends_with_its_last(tm
         async with client_of(app) as client:
             first = asyncio.create_task(client.post(SPEECH, json=BODY))
             second = asyncio.create_task(client.post(SPEECH, json=BODY))
-            await asyncio.sleep(0.2)
+            assert await asyncio.to_thread(eventually, lambda: len(engine.requests) == 1)
             first.cancel()
             content = (await second).content
             assert len(engine.finished) == 1
             alone = asyncio.create_task(client.post(SPEECH, json={**BODY, "seed": 2}))
-            await asyncio.sleep(0.2)
+            assert await asyncio.to_thread(eventually, lambda: len(engine.requests) == 2)
             alone.cancel()
             await asyncio.wait({first, alone})
             assert await asyncio.to_thread(eventually, lambda: len(files_in(tmp_path)) == 1)

@@ -454,10 +454,10 @@ def test_the_places_of_a_process_that_was_killed_come_back_and_those_of_a_live_o
 ) -> None:
     make_tenant(database, limits=Limits(max_streams=3))
     ours, theirs = PROCESSES.Pipe()
-    child = PROCESSES.Process(target=hold_streams, args=(database_url, "acme", 2, 0.9, theirs))
+    child = PROCESSES.Process(target=hold_streams, args=(database_url, "acme", 2, 2.0, theirs))
     child.start()
     assert ours.recv() == "holding"
-    with gate_of(database, tmp_path, lease_s=0.9) as gate:
+    with gate_of(database, tmp_path, lease_s=2.0) as gate:
         mine = admit(gate)
         began = time.monotonic()
         with pytest.raises(TooManyStreams):
@@ -471,9 +471,9 @@ def test_the_places_of_a_process_that_was_killed_come_back_and_those_of_a_live_o
                 again.append(admit(gate))
             return len(again) == 2
 
-        assert eventually(take_again, within_s=5)
+        assert eventually(take_again)
         # Ours was renewed meanwhile: it still counts.
-        assert time.monotonic() - began > 0.4
+        assert time.monotonic() - began > 0.9
         with pytest.raises(TooManyStreams):
             admit(gate)
         for admission in (mine, *again):

