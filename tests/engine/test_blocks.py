@@ -119,14 +119,14 @@ def test_blocks_for_is_the_smallest_number_that_holds_the_positions(num_position
 def test_a_hundred_thousand_blocks_are_handed_out_quickly() -> None:
     """An allocation beside the last block costs about 1 us, a new run about 100 us; the bounds are 20 times that."""
     pool = BlockPool(100_000)
-    begin = time.perf_counter()
+    begin = time.process_time()
     table = pool.allocate(1, after=None)
     assert table is not None
     for _ in range(10_000):
         table += pool.allocate(1, after=table[-1]) or []
-    assert time.perf_counter() - begin < 0.4
+    assert time.process_time() - begin < 0.4
     assert len(set(table)) == 10_001
-    begin = time.perf_counter()
+    begin = time.process_time()
     for _ in range(100):
         assert pool.allocate(4, after=None) is not None
-    assert time.perf_counter() - begin < 0.4
+    assert time.process_time() - begin < 0.4

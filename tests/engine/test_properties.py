@@ -148,7 +148,7 @@ def test_any_arrival_batch_blocks_preemption_and_cancellation_give_the_codes_and
 
 def wait_until_empty(engine: Engine) -> None:
     """Every stream ended, every block free, nothing left at the vocoder."""
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60
     while (stats := engine.stats()).streams or stats.blocks_used or stats.vocoder_pending:
         assert time.monotonic() < deadline, stats
         time.sleep(0.005)
@@ -253,7 +253,7 @@ def test_more_than_the_queue_holds_is_refused_and_what_was_accepted_is_served() 
         threads = [threading.Thread(target=lambda s=stream: next(s)) for stream in streams]
         for thread in threads:
             thread.start()
-        deadline = time.monotonic() + 5
+        deadline = time.monotonic() + 60
         while engine._num_open < 3 and time.monotonic() < deadline:
             time.sleep(0.001)
         with pytest.raises(Overloaded, match="max_waiting 2") as refused:

@@ -233,9 +233,9 @@ def test_a_number_reads_the_same_with_and_without_thousands_separators(number: i
 )
 def test_no_repeated_mark_makes_normalising_slow(unit: str) -> None:
     text = (unit * 4096)[:4096]
-    started = time.perf_counter()
+    started = time.process_time()
     segment(normalize_english(text))
-    assert time.perf_counter() - started < 2.0
+    assert time.process_time() - started < 2.0
 
 
 SEGMENTED = [
