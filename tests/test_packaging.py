@@ -94,7 +94,7 @@ def test_nothing_is_imported_by_its_folders_bare_name(layer: str) -> None:
 
 
 def test_ray_is_imported_in_one_file() -> None:
-    assert users_of("ray") == {"engine/vocoder/ray_pool.py"}
+    assert users_of("ray") == {"engine/vocoder/ray_host.py"}
 
 
 @pytest.mark.parametrize("package", ["fastapi", "pydantic", "starlette", "uvicorn", "typer", "prometheus_client"])
@@ -123,7 +123,7 @@ def test_modules_of_plain_data_do_not_import_torch_not_even_through_another(name
 
 @pytest.mark.parametrize("path", sources("engine"), ids=lambda path: str(path.relative_to(ROOT)))
 def test_the_engine_imports_at_top_level_only_what_every_machine_has(path: Path) -> None:
-    if path == ROOT / "engine/vocoder/ray_pool.py":
+    if path == ROOT / "engine/vocoder/ray_host.py":
         return
     packages = {name.split(".")[0] for name in imported(path, top_level_only=True)}
     assert packages <= LIGHT_DEPENDENCIES | sys.stdlib_module_names
