@@ -69,6 +69,7 @@ class LexiconStore:
         self._clock = clock
         # used by the event loop alone
         self._cached: OrderedDict[str, _Cached] = OrderedDict()
+        self._reading: dict[str, asyncio.Task[Mapping[str, str]]] = {}
         self._num_writes = 0
 
     async def entries(self, tenant: str) -> Mapping[str, str]:
@@ -80,18 +81,34 @@ class LexiconStore:
         if cached is not None and self._clock() < cached.until:
             self._cached.move_to_end(tenant)
             return cached.entries
+        # A tenant's requests wait for one read: a database that is away must not have them take every thread.
+        task = self._reading.get(tenant)
+        if task is None:
+            task = asyncio.create_task(self._read_and_cache(tenant, cached))
+            self._reading[tenant] = task
+            task.add_done_callback(lambda done: self._has_read(tenant, done))
+        # One client that hangs up must not cancel it for the others.
+        return await asyncio.shield(task)
+
+    async def _read_and_cache(self, tenant: str, cached: _Cached | None) -> Mapping[str, str]:
         num_writes = self._num_writes
+        # Counted from before the read, for what another process writes meanwhile.
+        until = self._clock() + self._cache_s
         try:
             entries: Mapping[str, str] = await asyncio.to_thread(self._tables.entries, tenant)
         except StoreUnavailable as error:
             if cached is None:
                 raise
             logger.warning("event=lexicon_not_read error=%r", error.detail)
-            entries = cached.entries
+            entries, until = cached.entries, self._clock() + self._cache_s
         # What was read while this process wrote may be what was there before.
         if num_writes == self._num_writes:
-            self._keep(tenant, entries)
+            self._keep(tenant, entries, until)
         return entries
+
+    def _has_read(self, tenant: str, done: asyncio.Task[Mapping[str, str]]) -> None:
+        if self._reading.get(tenant) is done:
+            del self._reading[tenant]
 
     async def read(self, tenant: str) -> Mapping[str, str]:
         """What the database holds now. Raises: StoreUnavailable."""
@@ -115,9 +132,10 @@ class LexiconStore:
         finally:
             self._num_writes += 1
             self._cached.pop(tenant, None)
+            self._reading.pop(tenant, None)
 
-    def _keep(self, tenant: str, entries: Mapping[str, str]) -> None:
-        self._cached[tenant] = _Cached(entries, self._clock() + self._cache_s)
+    def _keep(self, tenant: str, entries: Mapping[str, str], until: float) -> None:
+        self._cached[tenant] = _Cached(entries, until)
         self._cached.move_to_end(tenant)
         while len(self._cached) > MAX_CACHED_TENANTS:
             self._cached.popitem(last=False)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import re
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -264,3 +265,33 @@ def test_a_mistake_of_the_operator_is_told_in_a_line(
     (tmp_path / "declaim.db").write_bytes(migrated_file.read_bytes())
     code, out, told = declaim(f"sqlite:///{tmp_path}/declaim.db", *arguments)
     assert (code, out) == (2, "") and words in told and told.count("\n") == 1
+
+
+def test_requests_at_once_read_once_and_one_after_a_write_what_was_written(
+    database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = LexiconStore(database, cache_s=60.0)
+    may_end, read, num_reads = threading.Event(), LexiconTables.entries, 0
+
+    def slow(tables: LexiconTables, tenant: str) -> dict[str, str]:
+        nonlocal num_reads
+        entries = read(tables, tenant)
+        num_reads += 1
+        may_end.wait(30)
+        return entries
+
+    monkeypatch.setattr(LexiconTables, "entries", slow)
+
+    async def run() -> None:
+        early = [asyncio.create_task(store.entries("acme")) for _ in range(20)]
+        assert await asyncio.to_thread(eventually, lambda: num_reads == 1)
+        early.pop(0).cancel()  # who hangs up costs the others nothing
+        await store.replace("acme", SQL)
+        late = asyncio.create_task(store.entries("acme"))
+        assert await asyncio.to_thread(eventually, lambda: num_reads == 2)
+        may_end.set()
+        assert [dict(entries) for entries in await asyncio.gather(*early)] == [{}] * 19
+        assert dict(await late) == dict(await store.entries("acme")) == SQL
+
+    asyncio.run(run())
+    assert num_reads == 2
