@@ -104,12 +104,12 @@ def _saturation(result: Result) -> list[Table]:
         (
             run["label"],
             100 * run["good_share"],
-            1000 * run["first_audio_s"]["p95"],
+            _ms(run["first_audio_s"]["p95"]),
             *(100 * share for share in run["underruns"].values()),
             run["audio_s_per_s"],
             run["goodput_audio_s_per_s"],
             run["num_refused"],
-            1000 * run["refusal_s"]["p95"] if run["num_refused"] else "none",
+            _ms(run["refusal_s"]["p95"]),
         )
         for run in result["runs"]
     ]
@@ -119,6 +119,10 @@ def _saturation(result: Result) -> list[Table]:
         Table([*columns, "refused", "refusal ms p95"], rows),
         Table(("claim", "measured", "holds"), claims),
     ]
+
+
+def _ms(seconds: float | None) -> float | str:
+    return "none" if seconds is None else 1000 * seconds
 
 
 def _tester(result: Result) -> list[Table]:

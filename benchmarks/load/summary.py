@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
@@ -88,7 +89,16 @@ class Summary:
     fairness: float
 
     def as_dict(self) -> dict[str, object]:
-        return asdict(self)
+        """As JSON has it: None for what there is none of, since JSON knows no NaN."""
+        return {name: _known(value) for name, value in asdict(self).items()}
+
+
+def _known(value: object) -> object:
+    if isinstance(value, dict):
+        return {name: _known(inner) for name, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_known(inner) for inner in value]
+    return None if isinstance(value, float) and math.isnan(value) else value
 
 
 def jain(values: Sequence[float]) -> float:

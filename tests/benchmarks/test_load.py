@@ -109,6 +109,20 @@ def test_refusals_are_counted_by_code_with_the_time_they_took() -> None:
     assert {o.retry_after_s for o in outcomes if o.error} == {0.05}
 
 
+def test_the_last_line_is_json_for_any_reader_though_there_is_nothing_to_tell() -> None:
+    with FakePeer(refuse=503) as peer:
+        done = CliRunner().invoke(build_bench_cli(), ["serve", "--url", peer.url, "--rate", "50", "--num", "3"])
+    assert done.exit_code == 1
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"JSON knows no {constant}")
+
+    (line,) = [line for line in done.output.splitlines() if line.startswith("{")]
+    (run,) = json.loads(line, parse_constant=refuse)["runs"]
+    assert run["first_audio_s"]["p50"] is None and run["refusal_s"]["p50"] > 0 and run["fairness"] is None
+    assert run["tenants"][0]["first_audio_s"]["max"] is None
+
+
 def test_a_broken_connection_is_no_whole_stream() -> None:
     with FakePeer(cut_after=3) as peer:
         outcomes = ask_all(peer, 2)

@@ -258,3 +258,15 @@ def test_rounds_of_three_configurations_become_medians_and_ratios_to_the_default
     keep(tmp_path, "one_configuration", {"rows": rows, "ends": ends})
     page = results.render(tmp_path)
     assert "| 8 at a time, large | 1 | 600 | 1 | 1 | 1 | 17.6 |" in page and "| large | 3 | 1.1 |" in page
+
+
+def test_a_rate_at_which_nothing_was_heard_is_shown(results: Any, tmp_path: Path) -> None:
+    run = dict.fromkeys(("good_share", "audio_s_per_s", "goodput_audio_s_per_s"), 0.0) | {
+        "label": "9 requests/s",
+        "first_audio_s": {"p95": None},
+        "underruns": {"0": 0.0, "0.1": 0.0, "0.2": 0.0},
+        "num_refused": 3,
+        "refusal_s": {"p95": 0.01},
+    }
+    keep(tmp_path, "saturation", {"runs": [run], "claims": []})
+    assert "| 9 requests/s | 0 | none | 0 | 0 | 0 | 0 | 0 | 3 | 10 |" in results.render(tmp_path)
