@@ -397,7 +397,7 @@ def _causal_conv_cpu(
         for k in range(1, len(taps) - 1):
             total += taps[k] * past[:, k]
         total += taps[-1] * wide
-        state[plan.slots] = torch.cat([past[:, 1:], wide[:, None]], dim=1).to(state.dtype)
+        state.index_copy_(0, plan.slots, torch.cat([past[:, 1:], wide[:, None]], dim=1).to(state.dtype))
     else:
         parts = []
         for i, (begin, end, slot, _) in enumerate(_runs(plan)):
@@ -426,20 +426,28 @@ def _state_scan_cpu(
     x, b, c = xbc.float().split([num_heads * head_dim, size, size], dim=1)
     x = x.view(len(xbc), num_heads, head_dim)
     step = _by_rows(F.softplus, dt.float() + dt_bias)
-    kept = _by_rows(torch.exp, step * decay)[:, :, None, None]
-    gain = (step[:, :, None] * b[:, None])[:, :, None]
-    inputs, c = x[..., None], c[:, None, None]
-    out = torch.empty_like(x)
-    products = torch.empty(num_heads, head_dim, size)
+    kept = _by_rows(torch.exp, step * decay)[:, :, None, None].unbind()
+    gain = (step[:, :, None] * b[:, None])[:, :, None].unbind()
+    inputs, reads = x[..., None].unbind(), _aligned_rows(c)
+    out = torch.empty(len(xbc), num_heads * head_dim)
+    results = out.unbind()
     for begin, end, slot, is_new in _runs(plan):
         stored = state[slot]
         if is_new:
             stored.zero_()
         matrices = stored.float()  # of a float32 state no copy
+        rows = matrices.view(-1, size)
         for i in range(begin, end):
             matrices.mul_(kept[i]).addcmul_(inputs[i], gain[i])
-            torch.sum(torch.mul(matrices, c[i], out=products), -1, out=out[i])
+            torch.mv(rows, reads[i], out=results[i])
             if stored is not matrices:
                 matrices.copy_(stored.copy_(matrices))
-    out += skip[:, None] * x
-    return out.flatten(1).to(xbc.dtype)
+    out += (skip[:, None] * x).flatten(1)
+    return out.to(xbc.dtype)
+
+
+def _aligned_rows(x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """The rows of x [N, C], each begun at a multiple of 64 bytes: a product may sum in another order elsewhere."""
+    num_rows, size = x.shape
+    apart = x.new_empty(num_rows, -(-size // 16) * 16)[:, :size]
+    return apart.copy_(x).unbind()
