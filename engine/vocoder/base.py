@@ -31,11 +31,6 @@ class Window:
     tenant: str = ""
     weight: float = 1.0
 
-    @property
-    def window(self) -> Window:
-        """Itself: what a WindowQueue holds."""
-        return self
-
 
 @dataclass(frozen=True, slots=True, eq=False)
 class DecodedWindow:

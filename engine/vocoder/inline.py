@@ -40,7 +40,7 @@ class InlineVocoder:
             self._stream = torch.cuda.Stream(codec.device)  # type: ignore[no-untyped-call]
             self._stream.wait_stream(torch.cuda.current_stream(codec.device))
         self._max_windows_per_poll = max_windows_per_poll
-        self._queue: WindowQueue[Window] = WindowQueue()
+        self._queue: WindowQueue[Window] = WindowQueue(window_of=lambda window: window)
 
     def submit(self, windows: Sequence[Window]) -> None:
         """Queue windows; nothing is decoded before `poll`."""

@@ -8,27 +8,20 @@ delays no other; a tenant's own windows keep their order.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
-from typing import Generic, Protocol, TypeVar
+from collections.abc import Callable, Iterator
+from typing import Generic, TypeVar
 
 from declaim.engine.fairness import FairShares
 from declaim.engine.vocoder.base import Window
 
-
-class HasWindow(Protocol):
-    """What is queued: a window, and whatever its owner remembers of it."""
-
-    @property
-    def window(self) -> Window: ...
-
-
-T = TypeVar("T", bound=HasWindow)
+T = TypeVar("T")
 
 
 class WindowQueue(Generic[T]):
-    """What waits to be decoded. Not thread-safe."""
+    """What waits to be decoded: windows, or what their owner has of each. Not thread-safe."""
 
-    def __init__(self) -> None:
+    def __init__(self, window_of: Callable[[T], Window]) -> None:
+        self._window_of = window_of
         # First windows and the others: by tenant, no queue empty.
         self._lines: tuple[dict[str, deque[T]], dict[str, deque[T]]] = ({}, {})
         self._shares = FairShares()
@@ -42,7 +35,7 @@ class WindowQueue(Generic[T]):
 
     def push(self, item: T, *, in_front: bool = False) -> None:
         """Add a window. in_front: before what its tenant has waiting, for one that comes back."""
-        window = item.window
+        window = self._window_of(item)
         queue = self._lines[window.index > 0].setdefault(window.tenant, deque())
         if in_front:
             queue.appendleft(item)
@@ -60,7 +53,8 @@ class WindowQueue(Generic[T]):
         item = line[tenant].popleft()
         if not line[tenant]:
             del line[tenant]
-        self._shares.charge(tenant, item.window.weight / item.window.codes.shape[1])
+        window = self._window_of(item)
+        self._shares.charge(tenant, window.weight / window.codes.shape[1])
         self._shares.settle({tenant for waiting in self._lines for tenant in waiting})
         return item
 
@@ -68,7 +62,7 @@ class WindowQueue(Generic[T]):
         """Forget a sequence's windows."""
         for line in self._lines:
             for tenant, queue in list(line.items()):
-                line[tenant] = deque(item for item in queue if item.window.sequence_id != sequence_id)
+                line[tenant] = deque(item for item in queue if self._window_of(item).sequence_id != sequence_id)
                 if not line[tenant]:
                     del line[tenant]
 

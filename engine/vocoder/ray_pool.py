@@ -179,7 +179,7 @@ class RayVocoderPool:
 
         # Shared with the engine thread, guarded by _changed.
         self._changed = threading.Condition()
-        self._queue: WindowQueue[_Job] = WindowQueue()
+        self._queue: WindowQueue[_Job] = WindowQueue(window_of=lambda job: job.window)
         self._unanswered: dict[int, set[int]] = {}  # sequence_id -> indices queued or in flight
         self._done: list[DecodedWindow] = []
         self._heard: list[tuple[RayProcess, Message]] = []

@@ -58,7 +58,7 @@ class Machine:
         self.drawn: Counter[str] = Counter()  # frames, by tenant
         self.heard: Counter[str] = Counter()
         self._open: dict[int, Request] = {}
-        self._queue: WindowQueue[Window] = WindowQueue()
+        self._queue: WindowQueue[Window] = WindowQueue(window_of=lambda window: window)
         self._decoding: Window | None = None
         self._decoded_at = 0.0
         self._next_id = 0
