@@ -71,15 +71,15 @@ def filter_logits(inputs: DrawInputs, spec: SamplingSpec) -> Candidates:
             case Guidance():
                 state = _guide(inputs, op)
             case AllowedIds():
-                limits = torch.tensor(op.limits, device=state.values.device)[:, None]
-                state = state.with_values(state.values.masked_fill(state.all_ids() >= limits, -math.inf))
+                state = state.with_values(_keep_allowed(state, op))
             case EosGate():
                 state = state.with_values(_gate_eos(state, op))
             case RepetitionPenalty():
                 state = state.with_values(_penalise(state, op, inputs))
             case Temperature():
-                divisor = _column([1.0 if p.greedy else p.temperature for p in inputs.params], state.values)
-                state = state.with_values(state.values / divisor)
+                divisors = [1.0 if p.greedy else p.temperature for p in inputs.params]
+                if any(divisor != 1.0 for divisor in divisors):
+                    state = state.with_values(state.values / _column(divisors, state.values))
             case TopK():
                 state = _keep_top_k(state, [0 if p.greedy else p.top_k for p in inputs.params])
             case TopP():
@@ -97,19 +97,10 @@ def draw(inputs: DrawInputs, spec: SamplingSpec) -> torch.Tensor:
     Returns int64 [B, Q]; -1 where the logits of the sequence were not finite, or nothing was left of a codebook's.
     """
     state = filter_logits(inputs, spec)
-    values, ids = state.values, state.ids
-    is_random = torch.tensor([not p.greedy for p in inputs.params], device=values.device)
-    if bool(is_random.any()):
-        if ids is None:
-            state = _compact(values, int((values > -math.inf).sum(-1).max()))
-            values, ids = state.values, state.all_ids()
-        seeds = torch.tensor([p.seed for p in inputs.params], device=values.device)
-        rows = torch.tensor(inputs.rows, device=values.device)
-        noise = gumbel_noise(draw_keys(seeds, rows, num_codebooks=values.shape[1]), ids)
-        values = torch.where(is_random[:, None, None], values + noise, values)
-    best = values.argmax(-1, keepdim=True)
-    drawn = best if ids is None else ids.gather(-1, best)
-    drawn = torch.where(values.gather(-1, best) > -math.inf, drawn, -1).squeeze(-1)
+    if all(p.greedy for p in inputs.params):
+        drawn = _most_likely(state)
+    else:
+        drawn = _draw_at_random(state, inputs)
     # A sum is finite exactly if all it sums is, and takes one pass where isfinite takes three.
     is_finite = torch.isfinite(inputs.cond.sum((1, 2)))
     if len(inputs.guided):
@@ -140,6 +131,37 @@ def _sample_op(op: SamplingOp) -> SampleOp:
             return sample.TOP_P
         case MinP():
             return sample.MIN_P
+
+
+def _most_likely(state: Candidates) -> torch.Tensor:
+    """int64 [B, Q], -1 where nothing is left."""
+    best = state.values.argmax(-1, keepdim=True)
+    drawn = best if state.ids is None else state.ids.gather(-1, best)
+    return torch.where(state.values.gather(-1, best) > -math.inf, drawn, -1).squeeze(-1)
+
+
+def _draw_at_random(state: Candidates, inputs: DrawInputs) -> torch.Tensor:
+    """`_most_likely` after noise for the sequences that are not greedy.
+
+    What is left after the filters, a few ids of a thousand, is taken out first: noise costs a hundred comparisons.
+    """
+    values = state.values
+    device, (num_sequences, num_codebooks, width) = values.device, values.shape
+    place = torch.nonzero(values.flatten() > -math.inf).flatten()
+    draw_of = place // width
+    ids = place % width if state.ids is None else state.ids.flatten()[place]
+    seeds = torch.tensor([p.seed for p in inputs.params], device=device)
+    keys = draw_keys(seeds, torch.tensor(inputs.rows, device=device), num_codebooks=num_codebooks).flatten()
+    noise = gumbel_noise(keys[draw_of], ids)
+    is_greedy = torch.tensor([p.greedy for p in inputs.params], device=device)
+    noisy = values.flatten()[place] + noise.masked_fill_(is_greedy[draw_of // num_codebooks], 0.0)
+    num_draws = num_sequences * num_codebooks
+    best = noisy.new_full((num_draws,), -math.inf).scatter_reduce_(0, draw_of, noisy, "amax")
+    # Of equals, the smallest id: of the others none counts.
+    last = torch.iinfo(torch.int64).max
+    ids = ids.masked_fill(noisy < best[draw_of], last)
+    drawn = ids.new_full((num_draws,), last).scatter_reduce_(0, draw_of, ids, "amin")
+    return drawn.masked_fill_(drawn == last, -1).view(num_sequences, num_codebooks)
 
 
 def _column(numbers: Items[float], like: torch.Tensor) -> torch.Tensor:
@@ -209,6 +231,14 @@ def _whole(state: Candidates, *, like: torch.Tensor) -> torch.Tensor:
     return torch.full_like(like, -math.inf).scatter(-1, state.ids, state.values)
 
 
+def _keep_allowed(state: Candidates, op: AllowedIds) -> torch.Tensor:
+    values = state.values
+    limits = torch.tensor(op.limits, device=values.device)[:, None]
+    # Of the whole vocabulary every sequence has the same ids.
+    ids = torch.arange(values.shape[-1], device=values.device) if state.ids is None else state.ids
+    return torch.where(ids < limits, values, -math.inf)
+
+
 def _gate_eos(state: Candidates, op: EosGate) -> torch.Tensor:
     values, is_eos = state.values[:, op.codebook], state.all_ids()[:, op.codebook] == op.eos
     eos_value = values.masked_fill(~is_eos, -math.inf).amax(-1, keepdim=True)
@@ -275,4 +305,4 @@ def _keep_min_p(values: torch.Tensor, min_ps: list[float]) -> torch.Tensor:
     if not any(min_ps):
         return values
     margin = _column([math.log(p) if p else -math.inf for p in min_ps], values)
-    return values.masked_fill(values < values.amax(-1, keepdim=True) + margin, -math.inf)
+    return torch.where(values < values.amax(-1, keepdim=True) + margin, -math.inf, values)
