@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import io
-import os
-import re
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,6 +19,7 @@ import soundfile
 from prometheus_client.parser import text_string_to_metric_families
 
 from tests.api.fake_engine import eventually
+from tests.api.server_process import log_of, server_process
 from tests.api.test_pipeline import decoded
 
 TEXT = "The quick brown fox jumps over the lazy dog, and then it goes home."
@@ -30,26 +28,12 @@ TEXT = "The quick brown fox jumps over the lazy dog, and then it goes home."
 @contextmanager
 def serve(vocoder: str, folder: Path, *arguments: str) -> Iterator[tuple[str, subprocess.Popen[str]]]:
     """A ready server process that keeps its files in `folder`; stopped by SIGTERM afterwards, unless it has been."""
-    command = [sys.executable, "-c", "from declaim.api.cli import main; main()", "serve", "--port", "0"]
-    database_url = f"sqlite:///{folder}/declaim.db"
-    with subprocess.Popen(
-        [*command, "--vocoder", vocoder, "--device", "cpu", "--database-url", database_url, *arguments],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "XDG_STATE_HOME": str(folder)},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    ) as process:
-        try:
-            assert process.stdout is not None and process.stderr is not None
-            match = re.search(r"http://127\.0\.0\.1:\d+", process.stdout.readline())
-            assert match is not None
-            assert eventually(lambda: httpx.get(match.group() + "/ready").status_code == 200, within_s=120)
-            yield match.group(), process
-            process.send_signal(signal.SIGTERM)
-            assert process.wait(20) == 0
-            assert "Traceback" not in process.stderr.read()
-        finally:
-            process.kill()
+    options = ("--vocoder", vocoder, "--device", "cpu", *arguments)
+    with server_process(folder, *options) as (url, process):
+        yield url, process
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(20) == 0
+    assert "Traceback" not in log_of(folder).read_text()
 
 
 @pytest.fixture(scope="module")

@@ -37,6 +37,7 @@ from declaim.engine import EngineConfig, ModelLoadError
 from declaim.engine.progress import Progress
 from tests.api.asgi_server import served
 from tests.api.fake_engine import FakeEngine, eventually, scripted
+from tests.api.server_process import log_of
 from tests.api.test_server import serve
 
 DEPLOY = Path(__file__).parents[2] / "examples" / "deploy"
@@ -379,8 +380,8 @@ def test_a_log_names_requests_and_never_a_key_or_a_text(tmp_path: Path, log_form
             while isinstance(socket.recv(10), bytes):
                 continue
         process.send_signal(signal.SIGTERM)
-        assert process.stderr is not None and process.wait(20) == 0
-        lines = process.stderr.read().splitlines()
+        assert process.wait(20) == 0
+        lines = log_of(tmp_path).read_text().splitlines()
     log = "\n".join(lines)
     assert secret not in log and key not in log and key[-8:] not in log
     assert all(sum(request_id in line for line in lines) == 1 for request_id in ids)

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import os
-import re
 import signal
 import subprocess
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import httpx
@@ -19,6 +15,7 @@ from declaim.api.store.database import Database
 from declaim.api.store.tenants import Limits, create_key, set_tenant
 from declaim.engine import InvalidConfig
 from tests.api.fake_engine import eventually
+from tests.api.server_process import server_process
 
 ROOT = Path(__file__).parents[2]
 SPEECH = "/v1/audio/speech"
@@ -43,31 +40,11 @@ def make_key(database: Database) -> str:
         return create_key(session, "acme", now=1.0)[1]
 
 
-@contextmanager
-def serve(folder: Path, *options: str, num_chunks: int = 3) -> Iterator[tuple[str, subprocess.Popen[str]]]:
+def serve(
+    folder: Path, *options: str, num_chunks: int = 3
+) -> AbstractContextManager[tuple[str, subprocess.Popen[str]]]:
     """A ready process whose engine takes 0.1 s a chunk."""
-    with subprocess.Popen(
-        [sys.executable, "-c", SERVER, str(num_chunks), "serve", "--port", "0", *options],
-        cwd=ROOT,
-        env={
-            **os.environ,
-            "OMP_NUM_THREADS": "1",
-            "XDG_STATE_HOME": str(folder),
-            "DECLAIM_DATABASE_URL": f"sqlite:///{folder}/declaim.db",
-        },
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    ) as process:
-        try:
-            assert process.stdout is not None
-            match = re.search(r"http://[\d.]+:\d+", process.stdout.readline())
-            assert match is not None
-            url = match.group().replace("0.0.0.0", "127.0.0.1")
-            assert eventually(lambda: httpx.get(url + "/ready").status_code == 200, within_s=30)
-            yield url, process
-        finally:
-            process.kill()
+    return server_process(folder, *options, code=SERVER, arguments=(str(num_chunks),))
 
 
 @pytest.mark.parametrize(

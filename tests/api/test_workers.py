@@ -14,7 +14,7 @@ import subprocess
 import sys
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import aclosing, asynccontextmanager, closing, contextmanager
+from contextlib import AbstractContextManager, aclosing, asynccontextmanager, closing
 from pathlib import Path
 
 import httpx
@@ -31,6 +31,7 @@ from declaim.api.store.database import Database
 from declaim.engine import AudioChunk, DeclaimError, EngineError, InvalidRequest, SpeechRequest, errors
 from declaim.engine.request import EncodedVoice, SamplingParams, Voice, Word
 from tests.api.fake_engine import FakeEngine, eventually, scripted
+from tests.api.server_process import is_ready, server_process
 from tests.api.worker_engine import CountingEngine
 
 ROOT = Path(__file__).parents[2]
@@ -365,39 +366,12 @@ build_cli(lambda model, config, progress: CountingEngine(make_script(sys.argv[1]
 SPEECH = "/v1/audio/speech"
 
 
-@contextmanager
-def serve(folder: Path, script: Mapping[str, object], *options: str) -> Iterator[tuple[str, subprocess.Popen[str]]]:
+def serve(
+    folder: Path, script: Mapping[str, object], *options: str
+) -> AbstractContextManager[tuple[str, subprocess.Popen[str]]]:
     """A ready `declaim serve` whose engine follows a script."""
-    with subprocess.Popen(
-        [sys.executable, "-c", SERVER, json.dumps(script), "serve", "--port", "0", *options],
-        cwd=ROOT,
-        env={
-            **os.environ,
-            "OMP_NUM_THREADS": "1",
-            "XDG_STATE_HOME": str(folder),
-            "TMPDIR": str(folder),  # a killed server leaves its metrics there
-            "DECLAIM_DATABASE_URL": f"sqlite:///{folder}/declaim.db",
-        },
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    ) as process:
-        try:
-            assert process.stdout is not None
-            match = re.search(r"http://[\d.]+:\d+", process.stdout.readline())
-            assert match is not None
-            assert eventually(lambda: is_ready(match.group()), within_s=60)
-            yield match.group(), process
-        finally:
-            children = psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []
-            for child in children:
-                child.kill()
-            process.kill()
-
-
-def is_ready(url: str) -> bool:
-    """Both workers: connections go to either."""
-    return all(httpx.get(url + "/ready", timeout=30).status_code == 200 for _ in range(8))
+    of_metrics = {"TMPDIR": str(folder)}  # a killed server leaves its metrics there
+    return server_process(folder, *options, code=SERVER, arguments=(json.dumps(script),), environment=of_metrics)
 
 
 def workers_of(process: subprocess.Popen[str]) -> list[psutil.Process]:
