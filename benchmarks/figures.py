@@ -280,7 +280,7 @@ FIGURES: tuple[Figure, ...] = (
         ("benchmarks/saturation.py",),
         _saturation,
         minutes=6,
-        quick=("--rate", "0.5", "--seconds", "4", "--max-chars", "40"),
+        quick=("--rate", "8", "--seconds", "1", "--max-chars", "40"),
     ),
     Figure(
         "vs_transformers",
