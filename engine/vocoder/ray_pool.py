@@ -493,7 +493,7 @@ class RayVocoderPool:
         worker.pid = pid
         worker.answered_at = worker.head_since = now
         self._num_failed_starts = 0
-        _log.info("worker ready number=%d pid=%d seconds=%.2f", worker.number, pid, now - worker.started_at)
+        _log.info("event=worker_ready number=%d pid=%d seconds=%.2f", worker.number, pid, now - worker.started_at)
 
     def _on_decoded(self, worker: _Worker, call: int, decoded: list[DecodedWindow], now: float) -> None:
         jobs = worker.calls.pop(call)
@@ -540,7 +540,7 @@ class RayVocoderPool:
         number, self._next_number = self._next_number, self._next_number + 1
         self._workers[number] = _Worker(number, now)
         process.say(Start(number, _LOAD, pickle.dumps(self._recipe), _num_threads(self._options)))
-        _log.info("worker starting number=%d workers=%d", number, len(self._workers))
+        _log.info("event=worker_starting number=%d workers=%d", number, len(self._workers))
 
     def _check_workers(self, process: RayProcess, now: float) -> None:
         """Give up workers that are late with an answer, and ask the others how they are."""
@@ -630,7 +630,7 @@ class RayVocoderPool:
                 del self._workers[worker.number]
                 process.say(Kill(worker.number))
                 number, pid = worker.number, worker.pid
-                _log.info("worker stopped number=%d pid=%s workers=%d", number, pid, len(self._workers))
+                _log.info("event=worker_stopped number=%d pid=%s workers=%d", number, pid, len(self._workers))
 
     # Sending.
 

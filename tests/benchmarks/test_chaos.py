@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Awaitable, Callable
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from aiohttp import web
 
 from declaim.api.store.database import Database
 from declaim.api.store.usage import UsageRow
+from tests.api.children import record
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 WHOLE = bytes(range(256)) * 40
@@ -151,7 +153,8 @@ def test_usage_that_is_missing_is_a_violation_unless_the_log_tells_that_it_was_l
     with database.session() as session:
         for number in (1, 2, 3):
             # The third is the second once more.
-            session.add(usage_row(f"row_{number}", request_id=f"req_{min(number, 2)}"))
+            row = replace(record(), request_id=f"req_{min(number, 2)}")
+            session.add(UsageRow(**asdict(row)))
     database.close()
 
     def violations(whole_ids: list[str], log: str) -> list[str]:
@@ -164,28 +167,6 @@ def test_usage_that_is_missing_is_a_violation_unless_the_log_tells_that_it_was_l
     missing = "1 whole answers are not in the usage table, 0 rows were lost: ['req_9']"
     assert violations(["req_1", "req_9"], "") == [missing, doubled]
     assert violations(["req_1", "req_9"], "logger=ledger event=usage_lost rows=1 why=full") == [doubled]
-
-
-def usage_row(row_id: str, *, request_id: str) -> UsageRow:
-    return UsageRow(
-        id=row_id,
-        at=0.0,
-        tenant_id="",
-        key_id=None,
-        request_id=request_id,
-        model="lark",
-        voice="lark",
-        response_format="pcm",
-        tier="default",
-        chars=1,
-        frames=1,
-        generated_s=1.0,
-        delivered_s=1.0,
-        ttfa_s=None,
-        status=200,
-        outcome="ok",
-        is_cached=False,
-    )
 
 
 @pytest.mark.ray
