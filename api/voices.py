@@ -299,7 +299,7 @@ class VoiceStore:
         key = (voice.id, model_key(engine))
         if key not in self._cache:
             encoded = await asyncio.to_thread(self._tables.codes, voice, model_key=key[1])
-            if encoded is None:
+            if encoded is None or _lacks_embedding(encoded, engine):
                 _check_imitates(engine)
                 encoded = await self._run(lambda: self._encode_again(voice, engine))
             self._cache[key] = encoded
@@ -313,7 +313,7 @@ class VoiceStore:
         key = model_key(engine)
         # Requests that waited for this one's work find it done.
         encoded = self._tables.codes(voice, model_key=key)
-        if encoded is not None:
+        if encoded is not None and not _lacks_embedding(encoded, engine):
             return encoded
         flac = self._tables.audio(voice)
         if flac is None:
@@ -340,6 +340,11 @@ def model_key(engine: VoiceEngine) -> str:
     """What codes are bound to: the model's name, its family, and the shape of its codes."""
     spec = engine.spec
     return hashlib.sha256(repr((engine.model_name, spec.family, spec.hidden_size, spec.codec)).encode()).hexdigest()
+
+
+def _lacks_embedding(encoded: EncodedVoice, engine: VoiceEngine) -> bool:
+    """Whether a stored voice was encoded before this model's speaker encoder was installed."""
+    return encoded.embedding is None and engine.spec.embeds_voices
 
 
 def _check_imitates(engine: VoiceEngine) -> None:

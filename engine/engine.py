@@ -139,7 +139,7 @@ class Engine:
         progress: hears of the graphs that are captured.
         Raises: OutOfMemory, and whatever `make_vocoder` raises.
         """
-        self.spec: ModelSpec = model.spec
+        self.spec: ModelSpec = dataclasses.replace(model.spec, embeds_voices=load_speaker is not None)
         self.model_name = model_name
         self.fingerprint = fingerprint
         self.config = config

@@ -232,6 +232,7 @@ class ModelSpec:
     # The fewest and most that speech may take; None where the family knows the length before it draws.
     seconds_per_char: tuple[float, float] | None = None
     voices: tuple[str, ...] = ()  # the model's own, by name; the first is the default
+    embeds_voices: bool = False  # a speaker encoder is at hand, which makes an embedding of reference audio
     supports_dialogue: bool = False  # [S1] and [S2] in the text switch speakers
     controls: Mapping[str, ControlSpec] = field(default_factory=dict)
     # Words of instructions, such as "slowly", and the controls they set.

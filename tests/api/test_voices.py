@@ -69,6 +69,7 @@ class FakeEncoder:
     model_name: str = "fake"
     spec: ModelSpec = field(default_factory=lambda: make_spec(RATE_HZ))
     num_codebooks: int = 3
+    embeds: bool = True
     gate: threading.Event | None = None
     encoded: list[Voice] = field(default_factory=list)
     threads: set[str] = field(default_factory=set)
@@ -80,7 +81,7 @@ class FakeEncoder:
         self.encoded.append(voice)
         num_frames = len(voice.audio) * 25 // voice.sample_rate_hz
         codes = np.arange(num_frames * self.num_codebooks, dtype=np.int32).reshape(num_frames, -1)
-        return EncodedVoice(voice.transcript, codes, np.linspace(0, 1, 8, dtype=np.float32))
+        return EncodedVoice(voice.transcript, codes, np.linspace(0, 1, 8, dtype=np.float32) if self.embeds else None)
 
 
 class KeyNames(OpenGate):
@@ -239,6 +240,25 @@ def test_voices_outlive_the_server_and_are_not_encoded_again(tmp_path: Path) -> 
         assert after.engine.encoded == []
     assert isinstance(first, EncodedVoice) and isinstance(second, EncodedVoice)
     np.testing.assert_array_equal(first.codes, second.codes)
+
+
+def test_a_voice_stored_before_the_speaker_encoder_gets_its_embedding_once(tmp_path: Path) -> None:
+    def is_embedded(world: World) -> bool:
+        voice = asyncio.run(world.store.resolve("acme", made))
+        assert isinstance(voice, EncodedVoice) and voice.codes.shape == (50, 3)
+        return voice.embedding is not None
+
+    with world_at(tmp_path, FakeEncoder(embeds=False)) as before:
+        made = before.voice()
+        assert not is_embedded(before) and len(before.engine.encoded) == 1
+    spec = replace(make_spec(RATE_HZ), embeds_voices=True)
+    with world_at(tmp_path, FakeEncoder(spec=spec)) as installed:
+        assert is_embedded(installed) and is_embedded(installed)
+        assert len(installed.engine.encoded) == 1
+    with world_at(tmp_path, FakeEncoder(spec=spec)) as after:
+        assert is_embedded(after) and after.engine.encoded == []
+    with world_at(tmp_path, FakeEncoder(embeds=False)) as removed:
+        assert is_embedded(removed) and removed.engine.encoded == []
 
 
 def test_another_model_encodes_the_stored_sample_once(tmp_path: Path) -> None:
