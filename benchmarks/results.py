@@ -390,6 +390,7 @@ def _parse_arguments() -> argparse.Namespace:
 
 def main() -> int:
     args = _parse_arguments()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that no benchmark outlives this process
     failures: list[str] = []
     try:
         match args.command:

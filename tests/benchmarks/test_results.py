@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import subprocess
+import sys
 import time
 from contextlib import suppress
 from dataclasses import replace
@@ -130,6 +131,21 @@ def test_what_a_run_leaves_behind_is_ended(results: Any, tmp_path: Path, capfd: 
     leaving = f"{CHILD.replace(']).pid', '], stdout=-3).pid')}; print('{{\"rows\": []}}', flush=True)"
     results.run_figure(figure(results, leaving), tmp_path)
     check_gone(int(capfd.readouterr().out))
+
+
+def test_a_run_that_is_ended_takes_its_benchmark_with_it() -> None:
+    command = [sys.executable, str(BENCHMARKS / "results.py"), "rehearse", "tester"]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as running:
+        end_s = time.monotonic() + 60
+        started: list[psutil.Process] = []
+        while not started:
+            assert time.monotonic() < end_s and running.poll() is None
+            with suppress(psutil.NoSuchProcess):
+                found = psutil.Process(running.pid).children()
+                started = [child for child in found if "benchmarks.tester" in child.cmdline()]
+        running.terminate()
+        assert running.wait(60) == 143
+    check_gone(started[0].pid)
 
 
 def check_gone(pid: int) -> None:
