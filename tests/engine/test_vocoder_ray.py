@@ -351,7 +351,7 @@ def test_a_ray_that_does_not_start_is_told_of_and_its_process_ended(
         monkeypatch.setattr(ray_pool, "_START_RAY_TIMEOUT_S", 0.5)
     with pytest.raises(EngineError, match=told):
         RayVocoderPool(RECIPE, RayPoolOptions(), wake=lambda: None)
-    assert not [child for child in psutil.Process().children() if code in child.cmdline()]
+    wait_until(lambda: not [child for child in psutil.Process().children() if code in child.cmdline()])
 
 
 def copy_codec(tmp_path: Path) -> Path:
