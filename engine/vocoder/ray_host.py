@@ -209,6 +209,7 @@ class RayHost:
                 command = self._connection.recv()
             except (EOFError, OSError):
                 os.killpg(os.getpgrp(), signal.SIGKILL)
+                return
             self._commands.put(command)
 
     def _watch(self, ports: dict[str, tuple[str, int]]) -> None:

@@ -111,8 +111,8 @@ class Beat:
 
 @dataclass(frozen=True, slots=True)
 class Lost:
-    """Ray could not be joined, or it no longer answers. The last word, of a process that has ended on the other side
-    of the pipe too."""
+    """Ray could not be joined, or it no longer answers. The last word; `RayProcess` says it for a process that ended
+    without."""
 
     error: EngineError
 
@@ -123,8 +123,8 @@ Message = Joined | Reply | Beat | Lost
 class RayProcess:
     """A process that holds Ray.
 
-    told: called with this object and each message, from a thread of this object's; the last one is Lost unless the
-    process was told to leave or killed. Nothing here waits for the process but `leave`.
+    told: called with this object and each message, from a thread of this object's. Lost comes at the end unless it was
+    told to leave or killed, and may come twice. Nothing here waits for the process but `leave`.
     Raises: EngineError where the process cannot be started.
     """
 
