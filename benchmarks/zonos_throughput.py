@@ -1,10 +1,13 @@
 """How much faster Zonos speaks 16 requests together than one after the other, and whether memory stays where it was.
 
-    python -m benchmarks.zonos_throughput [--family hybrid] [--requests 16] [--seconds 1]
+    python -m benchmarks.zonos_throughput [--family hybrid] [--size tiny] [--vocoder ray] [--requests 16] [--seconds 1]
 
-Random weights in the published layout, the nine codebooks and the real guidance, one process, the CPU, one thread. Both
-ways run the same requests, with the same texts and seeds, through the same engine from text to audio, and give the same
-codes and samples, which is checked. Also in seconds of the process, which neighbours on the machine disturb less.
+Two sizes: "half", whose step reads and computes in the proportions of the real model, and "tiny", the model of the
+tests, whose weights a core's caches hold. Random weights in the published layout, the nine codebooks and the real
+guidance, on the CPU with one thread; --vocoder ray, which is what is served by default, decodes in a worker that has
+another. Both ways run the same requests, with the same texts and seeds, through the same engine from text to audio, and
+give the same codes and samples, which is checked. Also in seconds of this process, which neighbours on the machine
+disturb less; with Ray they leave out its worker's.
 Memory: the process' resident set after each of three rounds, the first one apart. The last line is JSON.
 """
 
@@ -22,15 +25,17 @@ import torch
 
 from benchmarks import machine
 from declaim.engine import Engine, EngineConfig, SamplingParams, SpeechRequest, SpeechResult
+from declaim.engine.vocoder.base import Vocoder, Wake
 from declaim.engine.vocoder.inline import InlineVocoder
-from tests.zonos_checkpoints import CONFIGS, load_dac, load_zonos, make_zonos
+from declaim.engine.vocoder.ray_pool import RayPoolOptions, RayVocoderPool
+from tests.zonos_checkpoints import CONFIGS, codec_recipe, load_dac, load_zonos, make_zonos
 
-# Half the real width, few layers, and the real proportions of what a step reads and computes: weights that do not fit a
-# core's caches, as the real ones do not fit a GPU's; an MLP four times as wide, four heads to a KV head, three Mamba-2
-# layers to one of attention; and states that are 2 % of their layer's weights, as 64 x 64 x 128 numbers are of 25.8 M
-# (with the real d_state it would be 4 %). The codec is DAC with 64 channels: 1.5 % of the model's multiplications. The
-# real one does a quarter as many as the model; layers as thin as these do theirs several times as slowly. Each text has
-# as many phonemes as the reference speaks in the second of audio that it gets.
+# "half": half the real width, few layers, and the real proportions of what a step reads and computes: weights that do
+# not fit a core's caches, as the real ones do not fit a GPU's; an MLP four times as wide, four heads to a KV head,
+# three Mamba-2 layers to one of attention; and states that are 2 % of their layer's weights, as 64 x 64 x 128 numbers
+# are of 25.8 M (with the real d_state it would be 4 %). The codec is DAC with 64 channels: 1.5 % of the model's
+# multiplications. The real one does a quarter as many as the model; layers as thin as these do theirs several times
+# as slowly. Each text has as many phonemes as the reference speaks in the second of audio that it gets.
 SIZES = {
     "transformer": {"n_layer": 3, "attn_layer_idx": [0, 1, 2]},
     "hybrid": {
@@ -43,12 +48,20 @@ WIDTH = {"d_model": 1024, "attn_mlp_d_intermediate": 4096}
 HEADS = {"num_heads": 16, "num_heads_kv": 4, "rotary_emb_dim": 64}
 
 
-def make_model(folder: Path, family: str) -> Path:
+def make_model(folder: Path, family: str, *, size: str) -> Path:
     """The folder of a family's model, with its codec."""
     config = copy.deepcopy(CONFIGS[family])
-    config["backbone"].update(WIDTH | SIZES[family])
-    config["backbone"]["attn_cfg"].update(HEADS)
+    if size == "half":
+        config["backbone"].update(WIDTH | SIZES[family])
+        config["backbone"]["attn_cfg"].update(HEADS)
     return make_zonos(folder, config)
+
+
+def make_vocoder(name: str, folder: Path, wake: Wake) -> Vocoder:
+    """The model's codec in this process, or in one worker."""
+    if name == "inline":
+        return InlineVocoder(load_dac(folder), wake=wake)
+    return RayVocoderPool(codec_recipe(folder), RayPoolOptions(max_workers=1), wake=wake)
 
 
 def resident_mb() -> float:
@@ -66,6 +79,8 @@ def timed(work: Callable[[], object]) -> tuple[float, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--family", choices=tuple(SIZES), default="transformer")
+    parser.add_argument("--size", choices=("half", "tiny"), default="half")
+    parser.add_argument("--vocoder", choices=("inline", "ray"), default="inline")
     parser.add_argument("--requests", type=int, default=16)
     parser.add_argument("--seconds", type=float, default=1.0)
     arguments = parser.parse_args()
@@ -82,12 +97,12 @@ def main() -> None:
         for i in range(arguments.requests)
     ]
     with tempfile.TemporaryDirectory() as name:
-        folder = make_model(Path(name) / "zonos", arguments.family)
+        folder = make_model(Path(name) / "zonos", arguments.family, size=arguments.size)
         engine_config = EngineConfig(device="cpu", max_batch=arguments.requests, num_threads=1, memory_gb=4)
         with Engine(
             load_zonos(folder),
             engine_config.resolve(),
-            make_vocoder=lambda wake: InlineVocoder(load_dac(folder), wake=wake),
+            make_vocoder=lambda wake: make_vocoder(arguments.vocoder, folder, wake),
             model_name="zonos",
         ) as engine:
             engine.generate(requests[:2], progress=False)
