@@ -431,7 +431,7 @@ def test_two_processes_share_one_bucket(database: Database, database_url: str) -
         # Begin with 10, or the burst alone would hide what is refilled.
         session.execute(sa.update(TenantMeter).values(requests_left=10.0, metered_at=time.time()))
     pipes = [PROCESSES.Pipe() for _ in range(2)]
-    children = [PROCESSES.Process(target=flood, args=(database_url, "acme", 1, 1.0, theirs)) for _, theirs in pipes]
+    children = [PROCESSES.Process(target=flood, args=(database_url, "acme", 1, 3.0, theirs)) for _, theirs in pipes]
     for child in children:
         child.start()
     for ours, _ in pipes:

@@ -41,14 +41,18 @@ def test_every_kind_of_stream_dropped_anywhere_leaves_nothing() -> None:
 
 
 def test_the_verdict_sees_what_is_left_and_what_grew(dropped: Any) -> None:
-    begin = dropped.Left(100, rss_mb=400.0, threads=20, handles=30, gauges={})
+    idle = {"heap_mb": 270.0, "python_blocks": 1e6, "cache_mb": 60.0, "threads": 20, "handles": 30, "left": {}}
+    begin = dropped.Left(100, rss_mb=400.0, **idle)
 
     def faults(**changes: Any) -> str:
-        fields: dict[str, Any] = {"rss_mb": 405.0, "threads": 20, "handles": 30, "gauges": {}} | changes
+        fields: dict[str, Any] = {"rss_mb": 405.0} | idle | changes
         return "; ".join(dropped.faults_of([begin, dropped.Left(600, **fields)], most_growth_mb=12.0))
 
     assert not faults() and not faults(threads=24, handles=46)
-    assert "declaim_kv_blocks_used is left: 3" in faults(gauges={"declaim_kv_blocks_used": 3.0})
+    assert "declaim_kv_blocks_used is left: 3" in faults(left={"declaim_kv_blocks_used": 3.0})
     assert "threads: 20 after the warm-up, 25 at the end" in faults(threads=25)
     assert "handles: 30 after the warm-up, 47 at the end" in faults(handles=47)
-    assert "memory grew by 20.0 MB" in faults(rss_mb=420.0)
+    assert not faults(rss_mb=471.0, heap_mb=272.0, python_blocks=1.009e6)
+    assert "resident memory grew by 80.0 MB" in faults(rss_mb=480.0)
+    assert "what malloc has handed out grew by 4.0 MB" in faults(heap_mb=274.0)
+    assert "Python held 1000000 blocks and holds 1020000" in faults(python_blocks=1.02e6)
