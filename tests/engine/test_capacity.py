@@ -32,7 +32,7 @@ def capacity_of(base_s: float, slope_s: float, *, crowd: int, max_batch: int = 3
 def test_a_line_crosses_the_duration_of_a_frame_where_it_does() -> None:
     assert capacity_of(0.010, 0.0011, crowd=20).num_listeners == int((HEADROOM * FRAME_S - 0.010) / 0.0011)
     noisy = capacity_of(0.010, 0.001, crowd=20, noise=0.3).num_listeners
-    assert noisy is not None and 11 <= noisy <= 15
+    assert noisy is not None and abs(noisy - (HEADROOM * FRAME_S - 0.010) / 0.001) <= 2
 
 
 def test_a_batch_that_is_faster_than_needed_serves_more_than_it_holds() -> None:
@@ -55,8 +55,8 @@ def test_few_steps_or_one_and_the_same_crowd_tell_nothing() -> None:
 
 
 def test_small_crowds_tell_nothing_of_large_ones() -> None:
-    assert capacity_of(0.0, 0.011, crowd=3).num_listeners is None
-    assert capacity_of(0.0, 0.011, crowd=4).num_listeners == 2
+    assert capacity_of(0.0, 0.008, crowd=3).num_listeners is None
+    assert capacity_of(0.0, 0.008, crowd=4).num_listeners == 2
 
 
 def test_a_machine_that_becomes_slower_takes_fewer_and_then_more_again() -> None:
