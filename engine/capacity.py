@@ -10,8 +10,8 @@ from __future__ import annotations
 import math
 
 # Of a frame's duration, what steps may take. Windows grow by half from one to the next (chunks.py), so a stream that is
-# made less than 1.5 times as fast as it plays runs dry between them; the rest is for what a line does not say, such as a
-# window decoded or a text prepared between two steps. With 0.6 half the players with 100 ms in hand ran dry (LOG.md).
+# made less than 1.5 times as fast as it plays runs dry between them; the rest is for what a line does not say, such as
+# a window decoded or a text prepared between two steps: with 0.6 half the players with 100 ms in hand ran dry (LOG.md).
 HEADROOM = 0.45
 MEMORY_STEPS = 400  # older steps count for less than 1/e
 MIN_STEPS = 50
