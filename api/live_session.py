@@ -413,10 +413,15 @@ class LiveSession:
 
 async def _charge(utterance: Utterance, admission: Admission) -> None:
     """Charge the text that came since the last clause began. Raises: RateLimited, QuotaExceeded."""
-    num_chars = utterance.num_chars
-    if num_chars > utterance.num_charged:
-        await admission.charge(num_chars - utterance.num_charged)
-        utterance.num_charged = num_chars
+    before, utterance.num_charged = utterance.num_charged, max(utterance.num_charged, utterance.num_chars)
+    if utterance.num_charged == before:
+        return
+    # Counted first: a charge that is under way when the caller hangs up is not taken back.
+    try:
+        await admission.charge(utterance.num_charged - before)
+    except DeclaimError:
+        utterance.num_charged = before
+        raise
 
 
 def _tagged(utterance: Utterance, clause: str) -> str:

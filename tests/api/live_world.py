@@ -100,6 +100,7 @@ class _Entry:
 
     async def charge(self, chars: int) -> None:
         self.gate.charged.append(chars)
+        await asyncio.sleep(self.gate.charging_s)
         if sum(self.gate.charged) > self.gate.max_charged:
             raise RateLimited("too much text: wait", retry_after_s=3.0)
 
@@ -114,6 +115,7 @@ class NamedGate(OpenGate):
         self.admitted: list[tuple[str, int]] = []
         self.charged: list[int] = []  # after an utterance was let in
         self.max_charged = 10**9
+        self.charging_s = 0.0
         self.usages: list[Usage] = []
 
     async def authenticate(self, credential: str | None) -> Caller:
@@ -147,7 +149,7 @@ class World:
         ):
             seen.clear()
         self.engine.cancelled.clear()
-        self.gate.max_charged = 10**9
+        self.gate.max_charged, self.gate.charging_s = 10**9, 0.0
         return self
 
     @contextmanager

@@ -262,6 +262,18 @@ def test_a_limit_met_in_the_middle_of_an_utterance_is_told_and_what_was_charged_
     assert world.gate.usages[0].chars == events[-1]["characters"] == world.gate.admitted[0][1]
 
 
+def test_who_hangs_up_while_a_clause_is_charged_has_it_in_the_ledger(world: World) -> None:
+    world.gate.charging_s = 60.0
+    with world.live() as client:
+        client.say(f"{FIRST} It is", done=False)
+        client.until("audio.done")
+        client.say("good to see you again today.")
+        assert eventually(lambda: bool(world.gate.charged))
+    assert eventually(lambda: bool(world.gate.usages))
+    assert world.gate.usages[0].outcome == "client_gone"
+    assert world.gate.usages[0].chars == world.gate.admitted[0][1] + sum(world.gate.charged)
+
+
 def test_a_dialogues_speaker_is_named_again_in_every_clause(world: World) -> None:
     with world.live() as client:
         client.say(f"[S1] {FIRST} {SECOND} [S2] {THIRD} {FIRST}")
