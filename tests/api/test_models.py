@@ -159,7 +159,9 @@ def test_pull_fails_in_one_line(hub: Hub, server: FakeHub) -> None:
 
 
 def run_declaim(hub: Hub, *arguments: str) -> subprocess.Popen[str]:
-    code = "from declaim.api.cli import main; main()"
+    # As at a terminal: what a script starts in the background is deaf to Ctrl-C, and so would its children be.
+    code = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+    code += "from declaim.api.cli import main; main()"
     return subprocess.Popen(
         [sys.executable, "-c", code, *arguments],
         cwd=ROOT,
