@@ -289,10 +289,12 @@ class SharedLimits:
             live = set() if is_last else set(self._live)
         mine = StreamLease.process_id == self._process_id
         try:
-            with self._database.session() as session:
+            # Rows of ours are written by this thread alone, so they may be read first: who has none takes no lock.
+            with self._database.reader() as session:
                 known = session.scalars(sa.select(StreamLease.id).where(mine)).all()
-                if not known:
-                    return
+            if not known:
+                return
+            with self._database.session() as session:
                 dead = [lease_id for lease_id in known if lease_id not in live]
                 for first in range(0, len(dead), _MAX_BATCH):
                     session.execute(

@@ -89,6 +89,9 @@ class Database:
         Raises: StoreUnavailable.
         """
         with _tells_unavailable(self), self._sessions.begin() as session:
+            # A session begins at its first statement, and SQLite's time is read where a statement is written: without
+            # this, a writer that waited would go by the time from before its wait.
+            session.connection()
             yield session
 
     @contextmanager
@@ -101,7 +104,11 @@ class Database:
             yield session
 
     def now(self) -> sa.ColumnElement[float]:
-        """The time now as an SQL expression: seconds since 1970, of the clock that every API process shares."""
+        """The time now as an SQL expression: seconds since 1970, of the clock that every API process shares.
+
+        Within `session` it is never earlier than what was committed before the session got its locks: SQLite's is read
+        here, under the file's lock; PostgreSQL reads its own again for a row that changed while FOR UPDATE waited.
+        """
         if self._clock is not None:
             return sa.literal(self._clock(), sa.Double)
         return sa.cast(sa.extract("epoch", sa.func.clock_timestamp()), sa.Double)

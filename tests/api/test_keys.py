@@ -19,6 +19,7 @@ from declaim.api.errors import answer_for, error_response
 from declaim.api.gate import Admission, Caller
 from declaim.api.keys import KeyGate, check_affiliation
 from declaim.api.ledger import Ledger
+from declaim.api.limiter import SharedLimits
 from declaim.api.store.database import Base, Database, StoreUnavailable
 from declaim.api.store.tenants import (
     Limits,
@@ -447,6 +448,32 @@ def test_two_processes_share_one_bucket(database: Database, database_url: str) -
     allowed = 10 + 20 * (max(lasts) - began)
     assert 10 < sum(counts) <= allowed + 0.1
     assert min(counts) > 0
+
+
+def test_a_meter_never_goes_back_to_a_time_from_before_its_lock_was_free(database: Database) -> None:
+    """Or the seconds of the wait would be refilled twice."""
+    make_tenant(database, limits=Limits(requests_per_minute=10))
+    limits = SharedLimits(database)
+    seen: list[str] = []
+
+    def is_waiting() -> bool:
+        if database.is_sqlite:
+            return "BEGIN IMMEDIATE" in seen
+        with database.reader() as session:
+            query = sa.text("SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND query ~ 'meters'")
+            return session.scalar(query) == 1
+
+    with database.session() as holder:
+        holder.execute(sa.update(TenantMeter).values(month="held"))
+        seen = statements(database)
+        asked = limits.admit("acme", chars=1, tier="default")
+        assert eventually(is_waiting)
+        at = holder.scalar(sa.select(database.now())) or 0.0
+        holder.execute(sa.update(TenantMeter).values(metered_at=at))
+    limits.release(asked.result(10))
+    with database.reader() as session:
+        assert session.scalars(sa.select(TenantMeter.metered_at)).one() > at
+    limits.close()
 
 
 def test_the_places_of_a_process_that_was_killed_come_back_and_those_of_a_live_one_do_not(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import stat
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from declaim.api.store import lexicons, tenants, usage, voices
 from declaim.api.store.database import Base, Database, StoreUnavailable, default_url
 from declaim.engine.errors import InvalidConfig
 from tests.api.children import PROCESSES, migrate
+from tests.api.fake_engine import eventually
 
 MODULES = (lexicons, tenants, usage, voices)  # imported so that their tables are known
 
@@ -60,6 +62,25 @@ def test_a_reader_does_not_wait_for_a_writer(database: Database) -> None:
     with database.session() as writer, database.reader() as reader:
         tenants.set_tenant(writer, "acme", tenants.Limits(), now=1.0)
         assert reader.get(tenants.Tenant, "acme") is None
+
+
+def test_a_writer_that_waited_goes_by_the_time_after_its_wait(tmp_path: Path) -> None:
+    time_now = 10.0
+    database = Database(f"sqlite:///{tmp_path}/declaim.db", clock=lambda: time_now)
+    statements: list[str] = []
+
+    def read_time() -> float | None:
+        with database.session() as session:
+            return session.scalar(sa.select(database.now()))
+
+    with ThreadPoolExecutor(1) as others:
+        with database.session():
+            sa.event.listen(database.engine, "before_cursor_execute", lambda *event: statements.append(event[2]))
+            later = others.submit(read_time)
+            assert eventually(lambda: "BEGIN IMMEDIATE" in statements)
+            time_now = 20.0
+        assert later.result(10) == 20.0
+    database.close()
 
 
 @pytest.mark.parametrize("url", ["mysql://u:secret@h/d", "sqlite://", "sqlite:///:memory:", "nonsense secret"])
