@@ -1,6 +1,7 @@
 """The figures of RESULTS.md: which benchmark each runs, and the tables that it makes of what that printed.
 
-Runs nothing and reads no file: `results.py` does.
+Runs nothing and reads no file: `results.py` does. Every column is taken by its name: the order of a record's keys means
+nothing.
 """
 
 from __future__ import annotations
@@ -71,9 +72,11 @@ def _embedded(result: Result) -> list[Table]:
 
 def _vs_transformers(result: Result) -> list[Table]:
     columns = ("system", "seconds", "audio s/s", "times one by one", "times static batch")
-    tables = [Table(columns, [tuple(row.values()) for row in result["systems"]])]
+    names = ("system", "wall_s", "audio_s_per_s", "vs_one_by_one", "vs_static_batch")
+    tables = [Table(columns, [_named(row, *names) for row in result["systems"]])]
     if "greedy" in result:
-        pairs = [(name, *shares.values()) for name, shares in result["greedy"].items()]
+        shares = ("identical_requests_percent", "identical_codes_percent")
+        pairs = [(name, *_named(pair, *shares)) for name, pair in result["greedy"].items()]
         tables.append(Table(("greedy codes", "identical requests %", "identical codes %"), pairs))
     return tables
 
@@ -91,7 +94,7 @@ def _one_configuration(result: Result) -> list[Table]:
         )
         for row in result["rows"]
     ]
-    ends = [(name, *values.values()) for name, values in result["ends"].items()]
+    ends = [(name, *_named(end, "first_audio_ratio", "throughput_ratio")) for name, end in result["ends"].items()]
     columns = ("load, configuration", "first chunk ms", "first audio ms", "p95", "RTF", "dry %", "audio s/s")
     return [
         Table(columns, rows),
@@ -105,7 +108,7 @@ def _saturation(result: Result) -> list[Table]:
             run["label"],
             100 * run["good_share"],
             _ms(run["first_audio_s"]["p95"]),
-            *(100 * share for share in run["underruns"].values()),
+            *(100 * share for share in _named(run["underruns"], "0", "0.1", "0.2")),
             run["audio_s_per_s"],
             run["goodput_audio_s_per_s"],
             run["num_refused"],
@@ -121,12 +124,16 @@ def _saturation(result: Result) -> list[Table]:
     ]
 
 
+def _named(values: Result, *names: str) -> tuple[Any, ...]:
+    return tuple(values[name] for name in names)
+
+
 def _ms(seconds: float | None) -> float | str:
     return "none" if seconds is None else 1000 * seconds
 
 
 def _tester(result: Result) -> list[Table]:
-    rows = [(row["what"], row["count"], row["p50_ms"], row["p95_ms"], row["max_ms"]) for row in result["errors"]]
+    rows = [_named(row, "what", "count", "p50_ms", "p95_ms", "max_ms") for row in result["errors"]]
     return [Table(("told against given", "values", "error ms p50", "p95", "largest"), rows)]
 
 
@@ -146,7 +153,8 @@ def _determinism(result: Result) -> list[Table]:
 
 
 def _quality(result: Result) -> list[Table]:
-    rows = [(name, *scores.values()) for name, scores in result["precisions"].items()]
+    names = ("agreement", "kl_nats", "duration_error_percent")
+    rows = [(name, *_named(scores, *names)) for name, scores in result["precisions"].items()]
     return [Table(("precision", "same next code (share)", "KL nats", "durations off %"), rows)]
 
 
@@ -187,8 +195,9 @@ def _zonos(result: Result) -> list[Table]:
 
 
 def _cost(result: Result) -> list[Table]:
+    names = ("schedule_us", "launch_us", "commit_us", "step_us", "median_us")
     rows = [
-        (crowd if len(result["cost"]) == 1 else f"{crowd}, {version}", *cost.values())
+        (crowd if len(result["cost"]) == 1 else f"{crowd}, {version}", *_named(cost, *names))
         for version, costs in result["cost"].items()
         for crowd, cost in costs.items()
     ]
@@ -224,8 +233,9 @@ def _fairness(result: Result) -> list[Table]:
 
 
 def _dropped(result: Result) -> list[Table]:
-    rows = [(part["num_streams"], part["rss_mb"], part["threads"], part["handles"]) for part in result["left"]]
-    return [Table(("after streams", "RSS MB", "threads", "handles"), rows), _faults(result)]
+    names = ("num_streams", "rss_mb", "heap_mb", "python_blocks", "threads", "handles")
+    columns = ("after streams", "RSS MB", "malloc MB", "Python blocks", "threads", "handles")
+    return [Table(columns, [_named(left, *names) for left in result["left"]]), _faults(result)]
 
 
 def _faults(result: Result) -> Table:
@@ -242,8 +252,13 @@ def _chaos(result: Result) -> list[Table]:
 
 def _soak(result: Result) -> list[Table]:
     growth = [(name, *values) for name, values in result["growth_mb_per_hour"].items()]
+    blocks = []
+    if (live := result["server_live"]) is not None:
+        growth.append(("of the server's, alive by malloc", *live["growth_mb_per_hour"]))
+        blocks.append(("Python blocks", *live["python_blocks"]))
     return [
         Table(("process", "grows by MB an hour", "+-"), growth),
+        Table(("alive in the server", "after the warm-up", "at the end"), blocks),
         Table(("how streams ended", "streams"), list(result["ends"].items())),
         Table(("verdict", ""), [(result["verdict"], "")]),
     ]

@@ -149,7 +149,7 @@ def _keep(
     }
     folder.mkdir(exist_ok=True)
     fresh = folder / f"{figure.name}.new"
-    fresh.write_text(json.dumps(record, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    fresh.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     fresh.replace(_path(figure, folder))
 
 

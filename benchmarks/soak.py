@@ -326,6 +326,22 @@ def judge(
     return faults
 
 
+def _result(verdict: str, faults: Sequence[str], ends: Mapping[str, int], told: Sequence[Growth]) -> dict[str, object]:
+    """What the record keeps. server_live: None where the server died."""
+    live = None
+    for growth in told:
+        if growth.name == "server":
+            blocks = [growth.first.python_blocks, growth.last.python_blocks]
+            live = {"growth_mb_per_hour": growth.heap, "python_blocks": blocks}
+    return {
+        "verdict": verdict,
+        "faults": faults,
+        "ends": dict(ends),
+        "growth_mb_per_hour": {f"{growth.name} {growth.pid}": growth.rss for growth in told},
+        "server_live": live,
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=30.0)
@@ -352,7 +368,7 @@ def main() -> None:
                 died = f"FAILED: {errors.exceptions[0]!r}: see {log_of(NAME)}"
     if died:
         machine.CONSOLE.print(died, soft_wrap=True)
-        machine.end(document, {"verdict": died, "faults": [died], "ends": {}, "growth_mb_per_hour": {}})
+        machine.end(document, _result(died, [died], Counter(), []))
         raise SystemExit(1)
     *loaded, silence = samples
     faults = judge(
@@ -379,18 +395,8 @@ def main() -> None:
         f"{arguments.settling:g} MB of either"
     )
     machine.CONSOLE.print(verdict, soft_wrap=True)
-    machine.end(
-        document,
-        {
-            "verdict": verdict,
-            "faults": faults,
-            "ends": dict(ends),
-            "growth_mb_per_hour": {f"{g.name} {g.pid}": g.rss for g in told},
-            "server_rss_mb": [
-                [round(s.at_s), round(s.processes[own.pid].rss_mb, 1)] for s in loaded[:: max(1, len(loaded) // 60)]
-            ],
-        },
-    )
+    course = [[round(s.at_s), round(s.processes[own.pid].rss_mb, 1)] for s in loaded[:: max(1, len(loaded) // 60)]]
+    machine.end(document, {**_result(verdict, faults, ends, told), "server_rss_mb": course})
     if faults:
         raise SystemExit(1)
 

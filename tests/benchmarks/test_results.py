@@ -276,6 +276,79 @@ def test_rounds_of_three_configurations_become_medians_and_ratios_to_the_default
     assert "| 8 at a time, large | 1 | 600 | 1 | 1 | 1 | 17.6 |" in page and "| large | 3 | 1.1 |" in page
 
 
+SAMPLES: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
+    "cost": (
+        {
+            "cost": {
+                "now": {
+                    "64, all run": dict(schedule_us=11.0, launch_us=2.0, commit_us=5.0, step_us=18.0, median_us=20.0),
+                    "256, all run": dict(schedule_us=21.0, launch_us=3.0, commit_us=6.0, step_us=30.0, median_us=33.0),
+                }
+            }
+        },
+        (
+            "| sequences | schedule us | launch us | commit us | a step, least us | median us |",
+            "| 64, all run | 11 | 2 | 5 | 18 | 20 |",
+            "| 256, all run | 21 | 3 | 6 | 30 | 33 |",
+        ),
+    ),
+    "quality": (
+        {"precisions": {"bfloat16": {"kl_nats": 0.5, "duration_error_percent": 3.0, "agreement": 0.98}}},
+        ("| precision | same next code (share) | KL nats | durations off % |", "| bfloat16 | 0.98 | 0.5 | 3 |"),
+    ),
+    "vs_transformers": (
+        {
+            "systems": [
+                dict(wall_s=2.0, system="declaim", audio_s_per_s=40.0, vs_static_batch=3.0, vs_one_by_one=9.0),
+            ],
+            "greedy": {"declaim vs one": {"identical_requests_percent": 75.0, "identical_codes_percent": 99.0}},
+        },
+        ("| declaim | 2 | 40 | 9 | 3 |", "| declaim vs one | 75 | 99 |"),
+    ),
+    "dropped": (
+        {
+            "left": [
+                dict(num_streams=800, rss_mb=650.0, heap_mb=310.0, cache_mb=60.0, python_blocks=1.0e6)
+                | {"threads": 30, "handles": 42, "left": {}}
+            ],
+            "faults": [],
+        },
+        (
+            "| after streams | RSS MB | malloc MB | Python blocks | threads | handles |",
+            "| 800 | 650 | 310 | 1000000 | 30 | 42 |",
+        ),
+    ),
+    "soak": (
+        {
+            "growth_mb_per_hour": {"server 100": [7.0, 2.0]},
+            "server_live": {"growth_mb_per_hour": [0.4, 0.1], "python_blocks": [800000, 801000]},
+            "ends": {"whole": 9},
+            "verdict": "nothing grows",
+        },
+        (
+            "| server 100 | 7 | 2 |",
+            "| of the server's, alive by malloc | 0.4 | 0.1 |",
+            "| alive in the server | after the warm-up | at the end |",
+            "| Python blocks | 800000 | 801000 |",
+        ),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SAMPLES)
+def test_every_number_is_under_its_own_name_in_whatever_order_it_was_kept(
+    results: Any, tmp_path: Path, name: str
+) -> None:
+    result, lines = SAMPLES[name]
+    line = json.dumps({"result": result})
+    results.run_figure(replace(results.BY_NAME[name], command=("-c", f"print({line!r})")), tmp_path)
+    page = results.render(tmp_path)
+    assert [row for row in page.splitlines() if row in lines] == list(lines)
+    path = tmp_path / f"{name}.json"
+    path.write_text(json.dumps(json.loads(path.read_text(encoding="utf-8")), sort_keys=True), encoding="utf-8")
+    assert set(lines) <= set(results.render(tmp_path).splitlines())
+
+
 def test_a_rate_at_which_nothing_was_heard_is_shown(results: Any, tmp_path: Path) -> None:
     run = dict.fromkeys(("good_share", "audio_s_per_s", "goodput_audio_s_per_s"), 0.0) | {
         "label": "9 requests/s",
