@@ -877,7 +877,11 @@ def _plan_device(files: ModelFiles, config: EngineConfig) -> tuple[DevicePlan, E
 
 def _plan_cache(model: SpeechModel, config: EngineConfig, planned: DevicePlan | None) -> MemoryPlan:
     plan = _plan_loaded(model, config) if planned is None else planned.memory
-    return plan if config.num_blocks is None else dataclasses.replace(plan, num_blocks=config.num_blocks)
+    if config.num_blocks is None:
+        return plan
+    block_bytes = config.block_size * model.spec.cache.bytes_per_position(model.dtype.itemsize)
+    kv_bytes = plan.kv_bytes + (config.num_blocks - plan.num_blocks) * block_bytes
+    return dataclasses.replace(plan, num_blocks=config.num_blocks, kv_bytes=kv_bytes)
 
 
 def _plan_loaded(model: SpeechModel, config: EngineConfig) -> MemoryPlan:

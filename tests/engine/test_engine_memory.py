@@ -17,6 +17,7 @@ from declaim.engine import Engine, EngineConfig, InvalidConfig, OutOfMemory, Sam
 from declaim.engine.codec.base import CodecRecipe
 from declaim.engine.codec.load import load_codec
 from declaim.engine.models.dia import DiaModel
+from declaim.engine.runner import Runner
 from tests.dia_checkpoints import make_dia, seconds_of
 
 MOST_GROWTH = 50e6
@@ -129,6 +130,16 @@ def test_the_plan_is_made_before_a_weight_is_read_and_kept(folder: Path) -> None
             Engine.from_pretrained(folder, EngineConfig(memory_gb=0.001))
     finally:
         (folder / "hidden").rename(folder / "model.safetensors")
+
+
+@pytest.mark.parametrize("num_blocks", [None, 24])
+def test_the_cache_is_told_as_large_as_it_is(folder: Path, num_blocks: int | None) -> None:
+    with Engine.from_pretrained(folder, EngineConfig(memory_gb=0.2, num_blocks=num_blocks)) as engine:
+        runner = engine._runner
+        assert isinstance(runner, Runner)
+        tensors = [tensor for pair in (*runner.caches, *runner.cross_caches) for tensor in pair]
+        assert engine.stats().cache_bytes == sum(tensor.nbytes for tensor in tensors) > 0
+        assert num_blocks in (None, engine.plan.num_blocks)
 
 
 def test_too_small_a_budget_is_refused_with_one_that_starts_and_what_would_lower_it(folder: Path) -> None:
