@@ -23,7 +23,9 @@ import asyncio
 import os
 import random
 import re
+import signal
 import subprocess
+import sys
 import tempfile
 import time
 from collections import Counter
@@ -366,21 +368,21 @@ async def storm(
                 for i in range(arguments.listeners):
                     rng = random.Random(f"{arguments.seed} listener {i}")
                     group.create_task(keep_listening(world, until_s, rng, rest_s=arguments.rest))
-            await _check_after(world)
+            await _check_after(world, has_workers=arguments.vocoder == "ray")
             resources["after"] = _resources(process)
         except* ServerDied as died:
             world.ledger.violate(f"{died.exceptions[0]}: see {log_of(NAME)}")
         return world, resources
 
 
-async def _check_after(world: World) -> None:
-    """Nothing is left, workers are back, and the server speaks as before. Raises: ServerDied."""
+async def _check_after(world: World, *, has_workers: bool) -> None:
+    """Nothing is left, workers are back if there were any, and the server speaks as before. Raises: ServerDied."""
     ledger = world.ledger
     try:
         if left := await left_over(world.session, world.url):
             ledger.violate(f"after {DRAIN_S:g} s of silence there is left: {left}")
         until_s = time.monotonic() + RECOVER_S
-        while not (await gauges(world.session, world.url)).get("declaim_vocoder_workers"):
+        while has_workers and not (await gauges(world.session, world.url)).get("declaim_vocoder_workers"):
             if time.monotonic() > until_s:
                 ledger.violate(f"{RECOVER_S:g} s after the last fault there is no vocoder worker: see {log_of(NAME)}")
                 break
@@ -490,6 +492,7 @@ def main() -> None:
     unknown = set(arguments.faults) - set(FAULTS)
     if unknown:
         parser.error(f"--faults names {', '.join(sorted(unknown))}: use {', '.join(FAULTS)}")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that no disk stays mounted
     document = machine.begin(QUESTION, vars(arguments))
     with small_disk(DISK_MB) as disk, own_database(arguments.database, disk) as database:
         if not os.path.ismount(disk) and "fill_disk" in arguments.faults:

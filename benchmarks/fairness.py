@@ -31,7 +31,7 @@ from pathlib import Path
 import aiohttp
 import machine
 import numpy as np
-from own_server import left_over, own_server
+from own_server import gauges, left_over, own_server
 from texts import SENTENCES
 
 QUESTION = "Tenants: one quiet beside a flood, and shares by weight"
@@ -146,11 +146,11 @@ def faults_of(tenant: str, crowd: Crowd) -> list[str]:
     ]
 
 
-async def queue_of(world: World) -> float:
-    """Sequences that wait for a place."""
-    async with world.session.get(world.url + "/metrics") as answer:
-        lines = (await answer.text()).splitlines()
-    return next(float(line.split()[1]) for line in lines if line.startswith("declaim_waiting_sequences "))
+async def is_flooded(world: World, num_requests: int) -> bool:
+    """Whether half of a flood waits for a place, or all of it is in the server: a small one fits into its steps."""
+    told = await gauges(world.session, world.url)
+    waiting, running = told["declaim_waiting_sequences"], told["declaim_running_sequences"]
+    return waiting >= num_requests / 2 or waiting + running >= num_requests
 
 
 async def measure_quiet(arguments: argparse.Namespace, world: World) -> tuple[list[float], list[float], Crowd]:
@@ -158,9 +158,8 @@ async def measure_quiet(arguments: argparse.Namespace, world: World) -> tuple[li
     await ask_quietly(world, 3)  # the first ones set up what later ones find
     alone = await ask_quietly(world, arguments.asks)
     async with crowding(world, "loud", arguments.flood) as crowd:
-        # Whoever is not in a step waits; a server that takes the whole flood into its steps has no queue.
         until_s = time.monotonic() + FLOOD_S
-        while await queue_of(world) < arguments.flood / 2 and time.monotonic() < until_s:
+        while not await is_flooded(world, arguments.flood) and time.monotonic() < until_s:
             await asyncio.sleep(0.1)
         beside = await ask_quietly(world, arguments.asks)
     return alone, beside, crowd

@@ -295,7 +295,7 @@ FIGURES: tuple[Figure, ...] = (
         ("benchmarks/saturation.py",),
         _saturation,
         minutes=6,
-        quick=("--rate", "8", "--seconds", "1", "--max-chars", "40"),
+        quick=("--requests", "2", "--max-chars", "40", "--first-audio-ms", "60000", "--buffer-ms", "60000"),
     ),
     Figure(
         "vs_transformers",
@@ -402,7 +402,7 @@ FIGURES: tuple[Figure, ...] = (
         ("benchmarks/chaos.py",),
         _chaos,
         minutes=24,
-        quick=("--vocoder", "inline", "--minutes", "0.3", "--texts", "3"),
+        quick=("--vocoder", "inline", "--minutes", "0.3", "--every", "2", "--texts", "3"),
         is_default=False,
     ),
     Figure(

@@ -35,6 +35,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rate", type=float, default=2.0, help="requests a second to begin with")
     parser.add_argument("--seconds", type=float, default=12.0, help="of arrivals in each run")
+    parser.add_argument("--requests", type=int, help="in each run, however long they take to come")
     parser.add_argument("--first-audio-ms", type=float, default=1000.0)
     parser.add_argument("--buffer-ms", type=float, default=100.0)
     parser.add_argument("--max-chars", type=int, default=120)
@@ -45,8 +46,11 @@ def main() -> int:
     if not texts:
         parser.error(f"--max-chars is {args.max_chars}: no text of {PROMPTS} is as short")
     objective = Objective(args.first_audio_ms / 1000, args.buffer_ms / 1000)
+    if args.requests is not None and args.requests < 1:
+        parser.error(f"--requests is {args.requests}: give 1 or more")
     document = machine.begin(QUESTION, vars(args) | {"objective": asdict(objective), "texts": len(texts)})
-    arrivals = Arrivals(texts, [Tenant("all")], 0, 1.0, args.seed, args.seconds)
+    seconds = args.seconds if args.requests is None else None
+    arrivals = Arrivals(texts, [Tenant("all")], args.requests or 0, 1.0, args.seed, seconds)
     with tempfile.TemporaryDirectory(prefix="declaim-saturation-") as folder:
         options = [
             "--shed",
