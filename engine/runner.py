@@ -46,16 +46,21 @@ class _Run:
         return self.first + self.num_positions
 
     @property
-    def rows(self) -> NDArray[np.int64]:
-        """The grid row of each position; negative within the prefix."""
-        return np.arange(self.first, self.end) - self.sequence.prompt.prefix_len
+    def num_prefix(self) -> int:
+        """How many of the positions, the first ones, lie within the prefix."""
+        return min(max(0, self.sequence.prompt.prefix_len - self.first), self.num_positions)
 
-    def codes(self) -> NDArray[np.int32]:
-        """The codes of each position's row, those of row 0 within the prefix. [num_positions, Q]."""
+    @property
+    def rows(self) -> range:
+        """The grid rows of the positions behind the prefix."""
         prefix_len = self.sequence.prompt.prefix_len
-        rows = self.sequence.grid(max(0, self.first - prefix_len), max(0, self.end - prefix_len))
-        num_prefix = self.num_positions - len(rows)
-        return np.concatenate([self.sequence.grid(0, 1).repeat(num_prefix, axis=0), rows]) if num_prefix else rows
+        return range(self.first + self.num_prefix - prefix_len, self.end - prefix_len)
+
+    def codes(self) -> list[NDArray[np.int32]]:
+        """The codes of each position's row, those of row 0 within the prefix. num_positions times [Q]."""
+        rows = self.rows
+        behind = self.sequence.rows[rows.start : rows.stop]
+        return self.sequence.rows[:1] * self.num_prefix + behind if self.num_prefix else behind
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -226,7 +231,7 @@ class Runner:
             prefill = self._model.prepare(sequence.prompt)
         num_positions = sequence.prompt.cross_len
         slots = self._slots(sequence.cross_blocks, 0, num_positions)
-        on_device = torch.from_numpy(slots).to(self._model.device)
+        on_device = torch.tensor(slots, dtype=torch.int64, device=self._model.device)
         for (k, v), (k_cache, v_cache) in zip(prefill.cross, self.cross_caches, strict=True):
             write_cache(k, v, on_device, k_cache, v_cache)
         # The cache holds them now; kept a second time, they would be as large as seconds of speech.
@@ -271,16 +276,16 @@ class Runner:
         device = self._model.device
         counts = [run.num_positions for run in runs]
         tables = [run.sequence.block_tables[run.branch] for run in runs]
-        positions = np.concatenate([np.arange(run.first, run.end) for run in runs])
-        slots = np.concatenate(
-            [self._slots(table, run.first, run.end) for table, run in zip(tables, runs, strict=True)]
-        )
+        positions = [position for run in runs for position in range(run.first, run.end)]
+        slots = [
+            slot for table, run in zip(tables, runs, strict=True) for slot in self._slots(table, run.first, run.end)
+        ]
         starts = np.concatenate([[0], np.cumsum(counts)])
         last = [end - 1 for run, end in zip(runs, starts[1:], strict=True) if run.draws]
         conditional = [run for run in runs if run.branch == 0]
         return StepContext(
-            positions=torch.from_numpy(positions).to(device),
-            slots=torch.from_numpy(slots).to(device),
+            positions=torch.tensor(positions, device=device),
+            slots=torch.tensor(slots, device=device),
             attention=plan_attention(
                 tables,
                 counts,
@@ -322,38 +327,37 @@ class Runner:
             is_new=torch.tensor([run.first == 0 for run in runs], device=device),
         )
 
-    def _slots(self, table: list[int], begin: int, end: int) -> NDArray[np.int64]:
-        positions = np.arange(begin, end)
-        return np.asarray(table, dtype=np.int64)[positions // self._block_size] * self._block_size + (
-            positions % self._block_size
-        )
+    def _slots(self, table: Items[int], begin: int, end: int) -> list[int]:
+        size = self._block_size
+        return [table[position // size] * size + position % size for position in range(begin, end)]
 
     def _embed(self, runs: Items[_Run]) -> torch.Tensor:
         """Row embeddings, plus the side vectors of those rows; positions of the prefix take its embeddings instead."""
-        codes = [run.codes() for run in runs]
-        x = self._model.embed(torch.from_numpy(np.concatenate(codes).astype(np.int64)).to(self._model.device))
+        codes = np.array([row for run in runs for row in run.codes()], dtype=np.int64)
+        x = self._model.embed(torch.from_numpy(codes).to(self._model.device))
         begin = 0
         for run in runs:
-            prefill, rows = self._prefills[run.sequence.sequence_id], run.rows
-            part = x[begin : begin + run.num_positions]
-            num_prefix = int((rows < 0).sum())
-            if prefill.side is not None and num_prefix < len(rows):
-                part[num_prefix:] += prefill.side[rows[num_prefix] : rows[-1] + 1]
+            prefill, num_prefix, rows = self._prefills[run.sequence.sequence_id], run.num_prefix, run.rows
+            behind = begin + num_prefix
+            if prefill.side is not None and rows:
+                x[behind : begin + run.num_positions] += prefill.side[rows.start : rows.stop]
             if prefill.prefix is not None and num_prefix:
-                part[:num_prefix] = prefill.prefix[run.branch, run.first : run.first + num_prefix]
+                x[begin:behind] = prefill.prefix[run.branch, run.first : run.first + num_prefix]
             begin += run.num_positions
         return x
 
     def _history(self, drawing: Items[Entry]) -> torch.Tensor:
         """The last rows of each sequence, -1 before the first, and all -1 where no penalty applies. int64 [B, W, Q]."""
         width = self._history_rows
-        history = np.full((len(drawing), width, self._model.spec.rule.num_codebooks), -1, dtype=np.int64)
-        for i, entry in enumerate(drawing):
-            if self._skips_first and entry.sequence.num_rows == entry.sequence.num_prompt_frames + 1:
-                continue
-            past = entry.sequence.grid(max(0, entry.sequence.num_rows - width), entry.sequence.num_rows)
-            history[i, width - len(past) :] = past
-        return torch.from_numpy(history).to(self._model.device)
+        unknown = np.full(self._model.spec.rule.num_codebooks, -1, dtype=np.int32)
+        history = []
+        for entry in drawing:
+            rows = entry.sequence.rows
+            is_first = self._skips_first and len(rows) == entry.sequence.num_prompt_frames + 1
+            past = [] if is_first or not width else rows[-width:]
+            history += [unknown] * (width - len(past)) + past
+        stacked = np.array(history, dtype=np.int64).reshape(len(drawing), width, len(unknown))
+        return torch.from_numpy(stacked).to(self._model.device)
 
 
 def is_too_early(rule: FrameRule, sequence: Sequence) -> bool:

@@ -9,7 +9,9 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence as Items
 from dataclasses import dataclass
+from itertools import groupby
 
+import numpy as np
 import torch
 
 from declaim.engine.request import ResolvedSampling
@@ -147,7 +149,7 @@ def _draw_at_random(state: Candidates, inputs: DrawInputs) -> torch.Tensor:
     """
     values = state.values
     device, (num_sequences, num_codebooks, width) = values.device, values.shape
-    place = torch.nonzero(values.flatten() > -math.inf).flatten()
+    place = _places_from(values, values.new_full((), torch.finfo(values.dtype).min))
     draw_of = place // width
     ids = place % width if state.ids is None else state.ids.flatten()[place]
     seeds = torch.tensor([p.seed for p in inputs.params], device=device)
@@ -232,11 +234,16 @@ def _whole(state: Candidates, *, like: torch.Tensor) -> torch.Tensor:
 
 
 def _keep_allowed(state: Candidates, op: AllowedIds) -> torch.Tensor:
-    values = state.values
-    limits = torch.tensor(op.limits, device=values.device)[:, None]
-    # Of the whole vocabulary every sequence has the same ids.
-    ids = torch.arange(values.shape[-1], device=values.device) if state.ids is None else state.ids
-    return torch.where(ids < limits, values, -math.inf)
+    if state.ids is not None:
+        limits = torch.tensor(op.limits, device=state.ids.device)[:, None]
+        return torch.where(state.ids < limits, state.values, -math.inf)
+    # Of a whole vocabulary few ids are out, and comparing them all takes five times as long as copying them.
+    values, begin = state.values.clone(), 0
+    for limit, codebooks in groupby(op.limits):
+        end = begin + len(list(codebooks))
+        values[:, begin:end, limit:] = -math.inf
+        begin = end
+    return values
 
 
 def _gate_eos(state: Candidates, op: EosGate) -> torch.Tensor:
@@ -305,4 +312,15 @@ def _keep_min_p(values: torch.Tensor, min_ps: list[float]) -> torch.Tensor:
     if not any(min_ps):
         return values
     margin = _column([math.log(p) if p else -math.inf for p in min_ps], values)
-    return torch.where(values < values.amax(-1, keepdim=True) + margin, -math.inf, values)
+    place = _places_from(values, values.amax(-1, keepdim=True) + margin)
+    kept = torch.full_like(values, -math.inf)
+    kept.view(-1)[place] = values.flatten()[place]
+    return kept
+
+
+def _places_from(values: torch.Tensor, bound: torch.Tensor) -> torch.Tensor:
+    """Where in `values`, flattened, the bound is reached: int64, ascending. NaN reaches no bound."""
+    if values.device.type != "cpu":
+        return torch.nonzero((values >= bound).flatten()).flatten()
+    # numpy compares and searches four times as fast.
+    return torch.from_numpy(np.flatnonzero(values.numpy() >= bound.numpy()))

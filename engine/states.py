@@ -12,6 +12,7 @@ from collections.abc import Sequence as Items
 import torch
 
 from declaim.engine.spec import StateSpec
+from declaim.kernels.mamba import allocate_states
 
 LayerState = tuple[torch.Tensor, torch.Tensor]
 """One layer's newest convolution inputs [slots, num_conv, conv_size], and matrices [slots, heads, head_dim, size]."""
@@ -23,14 +24,16 @@ class StateSlots:
     def __init__(
         self, spec: StateSpec, num_seats: int, *, num_branches: int, dtype: torch.dtype, device: torch.device
     ) -> None:
-        def zeros(*shape: int) -> torch.Tensor:
-            return torch.zeros(num_seats * num_branches, *shape, dtype=dtype, device=device)
+        num_slots = num_seats * num_branches
+
+        def layer() -> LayerState:
+            matrices = allocate_states(
+                num_slots, spec.num_heads, head_dim=spec.head_dim, size=spec.size, dtype=dtype, device=device
+            )
+            return torch.zeros(num_slots, spec.num_conv, spec.conv_size, dtype=dtype, device=device), matrices
 
         self.num_branches = num_branches
-        self.layers: tuple[LayerState, ...] = tuple(
-            (zeros(spec.num_conv, spec.conv_size), zeros(spec.num_heads, spec.head_dim, spec.size))
-            for _ in range(spec.num_layers)
-        )
+        self.layers: tuple[LayerState, ...] = tuple(layer() for _ in range(spec.num_layers))
         self._num_seats = num_seats
         self._free = list(range(num_seats))
         self._seat_of: dict[int, int] = {}  # by sequence id, least recently used first

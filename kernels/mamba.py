@@ -23,6 +23,7 @@ from declaim.kernels.norm import MAX_SIZE, rms_norm
 
 _TILE_CHANNELS = 256
 _TILE_DIM = 32
+_GROUP_BYTES = 1 << 18  # of states that the CPU works on together: they and what is made of them fit a core's cache
 _LINEAR_FROM = 20.0  # softplus of more than this is its argument, as torch has it
 
 
@@ -37,6 +38,20 @@ class StatePlan:
     query_start: torch.Tensor
     slots: torch.Tensor
     is_new: torch.Tensor
+
+
+def allocate_states(
+    num_slots: int, num_heads: int, *, head_dim: int, size: int, dtype: torch.dtype, device: torch.device
+) -> torch.Tensor:
+    """One layer's states, zero, [num_slots, num_heads, head_dim, size].
+
+    Contiguous for the kernels. On the CPU the dims of all heads lie side by side: its operations take long rows, and
+    a head's `size` numbers are a short one.
+    """
+    states = torch.zeros(num_slots, num_heads, head_dim, size, dtype=dtype, device=device)
+    if backend.use_triton(states):
+        return states
+    return states.permute(0, 3, 1, 2).contiguous().permute(0, 2, 3, 1)
 
 
 def causal_conv_reference(
@@ -273,7 +288,8 @@ def state_scan(
     """Move each sequence's state over its new positions, in place.
 
     xbc: [N, heads * D + 2 * size], [x | B | C]; dt: [N, heads] before bias and softplus; the elements of their rows
-    side by side. decay (negative), skip, dt_bias: float32 [heads]; state: [slots, heads, D, size], contiguous.
+    side by side. decay (negative), skip, dt_bias: float32 [heads]; state: [slots, heads, D, size], as `allocate_states`
+    lays it out (on the CPU another layout costs copies).
     Returns y [N, heads * D] in the dtype of xbc. A row depends on its own sequence alone, to the last bit, and the
     state is rounded to its dtype after every position.
     Raises: ValueError for shapes, strides or dtypes that do not fit.
@@ -281,7 +297,8 @@ def state_scan(
     """
     _, num_heads, head_dim, size = state.shape
     fits = xbc.shape[1] == num_heads * head_dim + 2 * size and dt.shape == (len(xbc), num_heads)
-    if not fits or xbc.stride(1) != 1 or dt.stride(1) != 1 or not state.is_contiguous():
+    is_laid_out = state.is_contiguous() or not backend.use_triton(xbc)
+    if not fits or xbc.stride(1) != 1 or dt.stride(1) != 1 or not is_laid_out:
         raise ValueError(
             f"[x | B | C] {tuple(xbc.shape)}, dt {tuple(dt.shape)} and state {tuple(state.shape)} do not fit:"
             " [N, heads * D + 2 * size], [N, heads] and a contiguous [slots, heads, D, size]"
@@ -421,33 +438,53 @@ def _state_scan_cpu(
     plan: StatePlan,
 ) -> torch.Tensor:
     """One sequence after the other, and in place: a state then stays in the processor's cache while it is worked on,
-    where those of a whole batch would go through memory at every operation."""
+    where those of a whole batch would go through memory at every operation. States so small that several together stay
+    there are taken out in groups and put back: it is calls that they cost."""
     _, num_heads, head_dim, size = state.shape
-    x, b, c = xbc.float().split([num_heads * head_dim, size, size], dim=1)
-    x = x.view(len(xbc), num_heads, head_dim)
+    inner = num_heads * head_dim
+    x, b, c = xbc.float().split([inner, size, size], dim=1)
     step = _by_rows(F.softplus, dt.float() + dt_bias)
-    kept = _by_rows(torch.exp, step * decay)[:, :, None, None].unbind()
-    gain = (step[:, :, None] * b[:, None])[:, :, None].unbind()
-    inputs, reads = x[..., None].unbind(), _aligned_rows(c)
-    out = torch.empty(len(xbc), num_heads * head_dim)
-    results = out.unbind()
-    for begin, end, slot, is_new in _runs(plan):
-        stored = state[slot]
-        if is_new:
-            stored.zero_()
+    kept = _for_each_dim(_by_rows(torch.exp, step * decay), head_dim)[:, None]
+    gain = (_for_each_dim(step, head_dim) * x)[:, None]
+    inputs, reads = b[..., None], _aligned_rows(c)[:, None]
+    out = torch.empty(len(xbc), 1, inner)
+
+    def move(stored: torch.Tensor, rows: slice) -> None:
+        """Move states [S, size, inner] on by one position each, that of these S rows."""
         matrices = stored.float()  # of a float32 state no copy
-        rows = matrices.view(-1, size)
-        for i in range(begin, end):
-            matrices.mul_(kept[i]).addcmul_(inputs[i], gain[i])
-            torch.mv(rows, reads[i], out=results[i])
-            if stored is not matrices:
-                matrices.copy_(stored.copy_(matrices))
-    out += (skip[:, None] * x).flatten(1)
-    return out.to(xbc.dtype)
+        matrices.mul_(kept[rows]).addcmul_(inputs[rows], gain[rows])
+        torch.bmm(reads[rows], matrices, out=out[rows])
+        if stored is not matrices:
+            stored.copy_(matrices)
+
+    # A view where `allocate_states` laid the states out, else a copy, which is copied back.
+    states = state.permute(0, 3, 1, 2).contiguous().flatten(2)
+    group_size = max(1, _GROUP_BYTES // (4 * size * inner))
+    if group_size > 1 and len(plan.slots) == len(xbc):  # one position each
+        for first in range(0, len(xbc), group_size):
+            rows = slice(first, first + group_size)
+            group = states.index_select(0, plan.slots[rows])
+            group.masked_fill_(plan.is_new[rows, None, None], 0.0)
+            move(group, rows)
+            states.index_copy_(0, plan.slots[rows], group)
+    else:
+        for begin, end, slot, is_new in _runs(plan):
+            stored = states[slot : slot + 1]
+            if is_new:
+                stored.zero_()
+            for row in range(begin, end):
+                move(stored, slice(row, row + 1))
+    if states.data_ptr() != state.data_ptr():
+        state.copy_(states.unflatten(2, (num_heads, head_dim)).permute(0, 2, 3, 1))
+    return out[:, 0].add_(_for_each_dim(skip[None], head_dim) * x).to(xbc.dtype)
 
 
-def _aligned_rows(x: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """The rows of x [N, C], each begun at a multiple of 64 bytes: a product may sum in another order elsewhere."""
+def _for_each_dim(of_heads: torch.Tensor, head_dim: int) -> torch.Tensor:
+    """[N, heads] -> [N, heads * head_dim], each number once for every dim of its head."""
+    return of_heads[:, :, None].expand(-1, -1, head_dim).flatten(1)
+
+
+def _aligned_rows(x: torch.Tensor) -> torch.Tensor:
+    """x [N, C], each row begun at a multiple of 64 bytes: a product may sum in another order elsewhere."""
     num_rows, size = x.shape
-    apart = x.new_empty(num_rows, -(-size // 16) * 16)[:, :size]
-    return apart.copy_(x).unbind()
+    return x.new_empty(num_rows, -(-size // 16) * 16)[:, :size].copy_(x)

@@ -9,6 +9,7 @@ from transformers.models.mamba2.modeling_mamba2 import Mamba2Mixer
 
 from declaim.kernels.mamba import (
     StatePlan,
+    allocate_states,
     causal_conv,
     causal_conv_reference,
     gated_rms_norm,
@@ -53,10 +54,8 @@ def run(projected: torch.Tensor, plan: StatePlan, conv: torch.Tensor, ssm: torch
 def states(num_slots: int, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tensor]:
     """Nothing may be read of a new sequence's slot: it holds NaN."""
     nan = float("nan")
-    return (
-        torch.full((num_slots, WIDTH - 1, CHANNELS), nan, dtype=dtype),
-        torch.full((num_slots, HEADS, DIM, SIZE), nan, dtype=dtype),
-    )
+    matrices = allocate_states(num_slots, HEADS, head_dim=DIM, size=SIZE, dtype=dtype, device=torch.device("cpu"))
+    return torch.full((num_slots, WIDTH - 1, CHANNELS), nan, dtype=dtype), matrices.fill_(nan)
 
 
 def test_a_layer_is_that_of_transformers() -> None:
