@@ -232,12 +232,11 @@ def _run_declaim_with_vocoder(folder: Path, asks: Sequence[Ask], args: argparse.
 
 
 def _compare(folder: Path, asks: Sequence[Ask], args: argparse.Namespace) -> list[Run]:
-    """All systems, one after the other, each in a process of its own."""
-    runs: list[Run] = []
-    for system in (_run_transformers, _run_declaim, _run_declaim_with_vocoder):
-        with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
-            runs += process.submit(system, folder, asks, args).result()
-    return runs
+    """All systems, one after the other, each in a process of its own but for --quick: most of that would be imports."""
+    systems = (_run_transformers, _run_declaim, _run_declaim_with_vocoder)
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=context, max_tasks_per_child=None if args.quick else 1) as process:
+        return [run for system in systems for run in process.submit(system, folder, asks, args).result()]
 
 
 def _agreement(ours: Codes, theirs: Codes, *, skip_last: int = 0) -> dict[str, float]:
