@@ -42,8 +42,9 @@ from declaim.engine.spec import ModelSpec
 
 _T = TypeVar("_T")
 
-# Clients check these names themselves and send no other; the order is the table that maps them to a model's own.
-OPENAI_VOICES = tuple("alloy ash ballad coral echo fable onyx nova sage shimmer verse marin cedar".split())
+# Clients check these names themselves and send no other; the order is the table that maps them to a model's own, round
+# and round. Of the embedded voice's three the second is a low one: ash, echo, onyx and cedar, which are heard as men's.
+OPENAI_VOICES = tuple("alloy ash sage coral echo fable nova onyx ballad shimmer cedar marin verse".split())
 
 MAX_NAME_CHARS = 64
 MAX_TRANSCRIPT_CHARS = 2000

@@ -131,7 +131,8 @@ _DIA_CROSS_PER_ROW = 0.15  # text bytes a row of codes, as models/dia.py expects
 _MAX_REFERENCE_S = 30.0  # as voices.py takes it
 _LARK_MAX_POSITIONS = 2048
 _DAC_CONTEXT = 20  # frames on both sides of a window together
-_LARK_CONTEXT = {"left_context": 10, "right_context": 10}  # where its config does not say
+_LARK_CONTEXT = ("left_context", "right_context")
+_LARK_PITCH_FRAMES, _LARK_PHASES = 10, 1 << 16  # as codec/lark.py and codec/source_filter.py have them
 # Tensors of its widest stage that a DAC has alive at once: 6.4 measured (specs/models.md), the rest is margin.
 _DAC_LIVE_TENSORS = 8
 
@@ -501,26 +502,37 @@ def dac_parts(config: Mapping[str, Any]) -> CodecParts:
 
 
 def lark_codec_parts(config: Mapping[str, Any]) -> CodecParts:
-    """The embedded voice's codec: eight ConvNeXt blocks over one, two and four rows a frame, then an inverse STFT."""
-    width, kernel, n_fft = (_count(config, key) for key in ("hidden_size", "kernel_size", "n_fft"))
+    """The embedded voice's codec: eight ConvNeXt blocks over one, two and four rows a frame, a small network for the
+    pitch, then a source and filters."""
+    width, kernel, bands, n_fft = (
+        _count(config, key) for key in ("hidden_size", "kernel_size", "num_bands", "synthesis_n_fft")
+    )
     num_codebooks, dim, size = (_count(config, key) for key in ("num_codebooks", "codebook_dim", "codebook_size"))
     inner = _count(config, "convnext_mult") * width
-    spectrum = 2 * (n_fft // 2 + 1)
     block = (kernel + 3) * width + _dense(width, inner) + _dense(inner, width)
     upsample = 2 * (2 * width * width + width)
-    decoder = _dense(kernel * width, width) + 8 * block + 2 * upsample + 2 * width + _dense(width, spectrum)
+    decoder = _dense(kernel * width, width) + 8 * block + 2 * upsample + 2 * width + _dense(width, 2 * bands)
+    hidden = _count(config, "pitch_hidden_size")
+    pitch = _dense(_LARK_PITCH_FRAMES * num_codebooks * dim, hidden) + _dense(hidden, hidden) + _dense(hidden, 8)
+    filters = 2 * bands * (n_fft // 2 + 1) * len(config["timbres"])
     # The codebooks' projections lie there twice: one by one, and side by side with their biases summed.
     projections = num_codebooks * _dense(dim, width) + _dense(num_codebooks * dim, width)
-    # Of each of a frame's four rows: a block's before and after its gelu, or the spectrum on its way to samples.
-    row = max(2 * inner + 4 * width, 4 * (n_fft + spectrum))
+    # Of each of a frame's four rows: a block's before and after its gelu, or spectra and pulses on the way to samples.
+    row = max(2 * inner + 4 * width, 6 * n_fft + 16 * _count(config, "stft_hop"))
     return CodecParts(
         name="lark codec",
         num_decoder=decoder,
-        num_float32=num_codebooks * size * dim + projections + n_fft,
+        # The pitch's network is float64, the noise's phases are complex.
+        num_float32=num_codebooks * size * dim
+        + projections
+        + 2 * (pitch + _LARK_PHASES)
+        + filters
+        + n_fft
+        + _count(config, "n_fft"),
         num_encoding=0,
         frame_elements=4 * row,
         encoding_elements=0,
-        num_context=sum(_count({**_LARK_CONTEXT, **config}, key) for key in _LARK_CONTEXT),
+        num_context=sum(_count(config, key) for key in _LARK_CONTEXT),
         frame_rate_hz=_count(config, "sampling_rate") / _count(config, "hop_length"),
     )
 

@@ -42,7 +42,7 @@ class Prompt:
 
     prefix_len: positions before row 0, the same for every branch. cross_len: encoder positions of branch 0.
     prompt_frames: int32 [P, Q], the voice prompt. max_frames: the most new frames the segment may make.
-    words: those whose times are asked for.
+    words: those whose times are asked for. timbre: what the codec speaks it in.
     """
 
     text_ids: tuple[int, ...]
@@ -53,6 +53,7 @@ class Prompt:
     num_branches: int
     speed: float
     words: tuple[TimedWord, ...] = field(default=(), kw_only=True)
+    timbre: int = field(default=0, kw_only=True)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -192,6 +192,7 @@ class CodecSpec:
     right: int  # frames of context after it
     num_codebooks: int
     codebook_size: int
+    timbres: tuple[str, ...] = ()  # voices that its decoder can give the same codes, by name
 
     @property
     def frame_rate_hz(self) -> float:

@@ -128,6 +128,7 @@ class RequestStream:
                     codes=np.ascontiguousarray(codes.T.astype(np.int16)),
                     skip=cut.first - cut.context_first,
                     num_frames=cut.last - cut.first,
+                    timbre=sequence.given.prompt.timbre,
                     tenant=sequence.given.tenant,
                     weight=sequence.given.weight,
                 )

@@ -160,7 +160,7 @@ class FakeCodec:
     spec = FAKE_CODEC
     device = torch.device("cpu")
 
-    def decode(self, codes: torch.Tensor, *, first: int = 0, last: int | None = None) -> torch.Tensor:
+    def decode(self, codes: torch.Tensor, *, first: int = 0, last: int | None = None, timbre: int = 0) -> torch.Tensor:
         value = torch.nn.functional.pad((codes.float() + 1).sum(1), (2, 2))
         mixed = sum(value[:, i : i + codes.shape[2]] * (i + 1) for i in range(5))
         ramp = torch.arange(1, FAKE_CODEC.hop + 1) % 7

@@ -19,13 +19,14 @@ class Codec(Protocol):
     @property
     def device(self) -> torch.device: ...
 
-    def decode(self, codes: torch.Tensor, *, first: int = 0, last: int | None = None) -> torch.Tensor:
+    def decode(self, codes: torch.Tensor, *, first: int = 0, last: int | None = None, timbre: int = 0) -> torch.Tensor:
         """Decode windows of equal length, and return the samples of frames first .. last (exclusive; None: the end).
 
         codes: int64 [B, Q, T], every id below `spec.codebook_size`, T >= 1.
         Returns float32 [B, (last - first) * hop] on the codec's device. Samples of frame t depend on frames
         t - left .. t + right only; both ends of the window see zero padding at every layer. Frames that are not
-        returned are context: a codec computes them no further than those that are returned need.
+        returned are context: a codec computes them no further than those that are returned need. timbre: which of
+        `spec.timbres` the codes are spoken in; a codec without any has 0 alone.
         """
         ...
 

@@ -185,7 +185,7 @@ class DacCodec:
         return weight
 
     @torch.inference_mode()
-    def decode(self, codes: torch.Tensor, *, first: int = 0, last: int | None = None) -> torch.Tensor:
+    def decode(self, codes: torch.Tensor, *, first: int = 0, last: int | None = None, timbre: int = 0) -> torch.Tensor:
         """See `Codec.decode`. On the CPU an item's samples are the same bits in any batch."""
         if codes.device.type == "cpu" and len(codes) > 1:
             # The CPU's convolutions may split their sums by batch size, and a batch gains nothing there.

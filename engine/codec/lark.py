@@ -1,21 +1,22 @@
 """The codec of the embedded voice, lark: 25 frames a second of 8 codes to 24 kHz samples, and back.
 
-Owns the arithmetic and the reading of its folder. Activations are [B, T, C], so that nearly all of the work
-is one matrix product after another and nothing is transposed; so are the transposed convolutions.
-Never keeps anything between two calls.
+A network says from the codes what a hundred rows a second hold: two envelopes, and from a smaller one the pitch;
+`source_filter` makes samples of these. Owns the networks' arithmetic and the reading of its folder. Activations are
+[B, T, C], so that nearly all of the work is one matrix product after another and nothing is transposed; so are the
+transposed convolutions. Never keeps anything between two calls.
 """
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 
 from declaim.engine.codec.base import CodecRecipe
+from declaim.engine.codec.mel import slaney_mel_filters
+from declaim.engine.codec.source_filter import Rows, SourceFilter, Timbre
 from declaim.engine.errors import ModelLoadError
 from declaim.engine.safetensors_io import (
     read_integer,
@@ -27,10 +28,6 @@ from declaim.engine.safetensors_io import (
 )
 from declaim.engine.spec import CodecSpec
 
-# Where config.json does not say. A frame's samples depend on 17 frames each side, and to 1.5e-5 on 10: the seven more
-# to come are 280 ms that the first audio of a stream need not wait for, the seven before are decoded again for every
-# window. A decoder that was trained to look ahead less says so.
-_CONTEXT: dict[str, object] = {"left_context": 10, "right_context": 10}
 # Four blocks of kernel 7 and half an STFT window reach 15 rows of the last stage, four of which make a frame.
 _LAST_STAGE_MARGIN = 4
 
@@ -40,6 +37,12 @@ _ENCODER_STAGES = (2, 2, 1)
 _UPSAMPLING = 4  # two stages of two
 _RESAMPLE_KERNEL = 4
 _NORM_EPS = 1e-5
+# Frames before and after one whose codes its pitch is read from.
+_PITCH_BACK, _PITCH_AHEAD = 7, 2
+_PITCH_UNIT_HZ = 100.0  # the pitch network says the logarithm of a multiple of it
+# The noise of a frame is drawn by its codes and those before it: any window that holds it draws the same.
+_NOISE_FRAMES = 3
+_MIX = 6364136223846793005  # Knuth's multiplier for 64 bits
 
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -65,17 +68,17 @@ class _Config:
     mel_log_floor: float
     mel_shift: float
     mel_scale: float
+    synthesis_n_fft: int
+    num_bands: int
+    pitch_hidden_size: int
     log_magnitude_clip: float
     left_context: int
+    envelope_context: int  # frames before one that its envelopes need: fewer than its phase does
     right_context: int
 
-    @property
-    def num_bins(self) -> int:
-        return self.n_fft // 2 + 1
 
-
-def _read_config(path: Path) -> _Config:
-    raw = _CONTEXT | read_json(path)
+def _read_config(path: Path) -> tuple[_Config, tuple[Timbre, ...]]:
+    raw = read_json(path)
     values = {
         field.name: (read_integer if field.type == "int" else read_number)(raw, field.name, path)
         for field in fields(_Config)
@@ -97,7 +100,35 @@ def _read_config(path: Path) -> _Config:
             f"be positive, mel_fmin {config.mel_fmin} below mel_fmax {config.mel_fmax} and not negative: "
             f"this folder is not a lark codec's"
         )
-    return config
+    if config.synthesis_n_fft < 2 * config.stft_hop or config.synthesis_n_fft % config.stft_hop:
+        raise ModelLoadError(
+            f"{path}: synthesis_n_fft is {config.synthesis_n_fft}, it must be a multiple of stft_hop "
+            f"({config.stft_hop}), two at least"
+        )
+    if config.envelope_context > config.left_context or config.left_context < _PITCH_BACK + _NOISE_FRAMES:
+        raise ModelLoadError(
+            f"{path}: left_context is {config.left_context}, it must be at least envelope_context "
+            f"({config.envelope_context}) and {_PITCH_BACK + _NOISE_FRAMES}"
+        )
+    return config, _read_timbres(raw, path)
+
+
+def _read_timbres(raw: dict[str, object], path: Path) -> tuple[Timbre, ...]:
+    entries = raw.get("timbres")
+    if not isinstance(entries, list) or not entries:
+        raise ModelLoadError(f"{path}: timbres must be a list of {{name, pitch, warp, gain}}, one at least")
+    timbres = []
+    for entry in entries:
+        if not isinstance(entry, dict) or not isinstance(entry.get("name"), str):
+            raise ModelLoadError(f"{path}: timbres holds {entry!r}: each must be {{name, pitch, warp, gain}}")
+        pitch, warp, gain = (read_number(entry, name, path) for name in ("pitch", "warp", "gain"))
+        if not (0.25 <= pitch <= 4.0 and 0.5 <= warp <= 2.0 and 0.0 < gain <= 4.0):
+            raise ModelLoadError(
+                f"{path}: timbres: {entry['name']!r} has pitch {pitch:g}, warp {warp:g}, gain {gain:g}: they must lie "
+                "in 0.25 .. 4, 0.5 .. 2 and above 0 .. 4"
+            )
+        timbres.append(Timbre(str(entry["name"]), pitch, warp, gain))
+    return tuple(timbres)
 
 
 class _Weights:
@@ -267,7 +298,7 @@ class _Decoder:
     head: _Linear
 
     def __call__(self, z: torch.Tensor, rows: slice) -> torch.Tensor:
-        """Frame vectors [B, T, C] to log-magnitudes and phases [B, N + 1, 2 * bins], the last one twice.
+        """Frame vectors [B, T, C] to two envelopes side by side, log-magnitudes [B, N, 2 * bands].
 
         rows: the N of the 4T rows that the last stage computes; it is most of the work.
         """
@@ -275,7 +306,22 @@ class _Decoder:
         x = _apply(self.stage2, self.up1(x))
         x = _apply(self.stage3, self.up2(x)[:, rows])
         x = F.layer_norm(x, x.shape[2:], self.norm_weight, self.norm_bias, _NORM_EPS)
-        return self.head(torch.cat([x, x[:, -1:]], dim=1))
+        return self.head(x)
+
+
+@dataclass(frozen=True, slots=True)
+class _Pitch:
+    """In float64: summed over a second to a phase, its rounding would be heard where two windows meet."""
+
+    layers: tuple[_Linear, _Linear, _Linear]
+
+    def __call__(self, vectors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The codebooks' rows of each frame [B, T, Q * dim] to Hz, float64 [B, 4T], and whether there is any pitch."""
+        padded = F.pad(vectors.double(), (0, 0, _PITCH_BACK, _PITCH_AHEAD))
+        x = padded.unfold(1, _PITCH_BACK + 1 + _PITCH_AHEAD, 1).flatten(2)
+        first, second, out = self.layers
+        y = out(F.gelu(second(F.gelu(first(x))))).view(len(vectors), -1, 2)
+        return _PITCH_UNIT_HZ * y[..., 0].clamp(-4.0, 4.0).exp(), y[..., 1] > 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -313,8 +359,19 @@ def _load_decoder(weights: _Weights, config: _Config, dtype: torch.dtype) -> _De
         stage3=stage3,
         norm_weight=weights.take("decoder.norm.weight", width).to(dtype),
         norm_bias=weights.take("decoder.norm.bias", width).to(dtype),
-        head=_linear(weights, "decoder.head", dtype, inputs=width, outputs=2 * config.num_bins),
+        head=_linear(weights, "decoder.head", dtype, inputs=width, outputs=2 * config.num_bands),
     )
+
+
+def _load_pitch(weights: _Weights, config: _Config) -> _Pitch:
+    heard = (_PITCH_BACK + 1 + _PITCH_AHEAD) * config.num_codebooks * config.codebook_dim
+    hidden = config.pitch_hidden_size
+    sizes = ((heard, hidden), (hidden, hidden), (hidden, 2 * _UPSAMPLING))
+    first, second, out = (
+        _linear(weights, f"decoder.pitch.{i}", torch.float64, inputs=inputs, outputs=outputs)
+        for i, (inputs, outputs) in enumerate(sizes)
+    )
+    return _Pitch((first, second, out))
 
 
 def _load_encoder(weights: _Weights, config: _Config, in_projs: tuple[_Linear, ...]) -> _Encoder:
@@ -358,6 +415,8 @@ class LarkCodec:
         codebooks: torch.Tensor,
         out_projs: tuple[_Linear, ...],
         decoder: _Decoder,
+        pitch: _Pitch,
+        source_filter: SourceFilter,
         encoder: _Encoder | None,
     ) -> None:
         self._spec = spec
@@ -365,6 +424,8 @@ class LarkCodec:
         self._codebooks = codebooks  # float32 [Q, codebook_size, codebook_dim]
         self._out_projs = out_projs  # float32, codebook_dim to C
         self._decoder = decoder
+        self._pitch = pitch
+        self._source_filter = source_filter
         self._encoder = encoder
         self._dtype = decoder.head.weight.dtype
         # The sum over codebooks of their projections is one product with the projections side by side.
@@ -381,7 +442,7 @@ class LarkCodec:
         Raises: ModelLoadError.
         """
         folder = Path(recipe.folder)
-        config = _read_config(folder / "config.json")
+        config, timbres = _read_config(folder / "config.json")
         device = torch.device(recipe.device)
         weights = _Weights(folder / "model.safetensors", device=device, with_encoder=with_encoder)
         num_codebooks, size, dim = config.num_codebooks, config.codebook_size, config.codebook_dim
@@ -391,7 +452,7 @@ class LarkCodec:
             tuple(_linear(weights, f"{name}.{way}", torch.float32, inputs=i, outputs=o) for name in names)
             for way, i, o in (("out_proj", dim, width), ("in_proj", width, dim))
         )
-        decoder = _load_decoder(weights, config, _DTYPES[recipe.dtype])
+        decoder, pitch = _load_decoder(weights, config, _DTYPES[recipe.dtype]), _load_pitch(weights, config)
         encoder = _load_encoder(weights, config, in_projs) if with_encoder else None
         weights.finish()
         spec = CodecSpec(
@@ -401,8 +462,27 @@ class LarkCodec:
             right=config.right_context,
             num_codebooks=num_codebooks,
             codebook_size=size,
+            timbres=tuple(timbre.name for timbre in timbres),
         )
-        return cls(spec, config=config, codebooks=codebooks, out_projs=out_projs, decoder=decoder, encoder=encoder)
+        source_filter = SourceFilter(
+            sample_rate_hz=config.sampling_rate,
+            n_fft=config.synthesis_n_fft,
+            hop=config.stft_hop,
+            num_bands=config.num_bands,
+            timbres=timbres,
+            log_magnitude_clip=config.log_magnitude_clip,
+            device=device,
+        )
+        return cls(
+            spec,
+            config=config,
+            codebooks=codebooks,
+            out_projs=out_projs,
+            decoder=decoder,
+            pitch=pitch,
+            source_filter=source_filter,
+            encoder=encoder,
+        )
 
     @property
     def spec(self) -> CodecSpec:
@@ -413,47 +493,29 @@ class LarkCodec:
         return self._codebooks.device
 
     @torch.inference_mode()
-    def decode(self, codes: torch.Tensor, *, first: int = 0, last: int | None = None) -> torch.Tensor:
+    def decode(self, codes: torch.Tensor, *, first: int = 0, last: int | None = None, timbre: int = 0) -> torch.Tensor:
         """See `Codec.decode`. On the CPU an item's samples are the same bits in any batch."""
         stop = codes.shape[2] if last is None else last
         if codes.device.type == "cpu" and len(codes) > 1:
             # The matrix product picks its kernel by the number of rows, and with it the order of its sums.
-            return torch.cat([self._decode(codes[i : i + 1], first, stop) for i in range(len(codes))])
-        return self._decode(codes, first, stop)
+            return torch.cat([self._decode(codes[i : i + 1], first, stop, timbre) for i in range(len(codes))])
+        return self._decode(codes, first, stop, timbre)
 
-    def _decode(self, codes: torch.Tensor, first: int, last: int) -> torch.Tensor:
+    def _decode(self, codes: torch.Tensor, first: int, last: int, timbre: int) -> torch.Tensor:
         # [B, T, Q, dim]. Indexed per codebook: an id beyond its codebook raises and reads no neighbour's row.
         codebook = torch.arange(self._spec.num_codebooks, device=codes.device)
-        vectors = self._codebooks[codebook, codes.transpose(1, 2)]
-        z = self._out_proj(vectors.flatten(2)).to(self._dtype)
+        vectors = self._codebooks[codebook, codes.transpose(1, 2)].flatten(2)
         begin = max(0, first - _LAST_STAGE_MARGIN)
         end = min(codes.shape[2], last + _LAST_STAGE_MARGIN)
-        samples = self._inverse_stft(self._decoder(z, slice(4 * begin, 4 * end)).float())
+        # The phase is summed over all frames; the envelopes, most of the work, need no more than their own context.
+        heard = max(0, first - self._config.envelope_context)
+        z = self._out_proj(vectors[:, heard:]).to(self._dtype)
+        rows = slice(_UPSAMPLING * (begin - heard), _UPSAMPLING * (end - heard))
+        harmonic, noise = self._decoder(z, rows).float().chunk(2, dim=2)
+        pitch_hz, voiced = self._pitch(vectors)
+        said = Rows(harmonic, noise, pitch_hz, voiced, noise_keys(codes))
+        samples = self._source_filter(said, first=_UPSAMPLING * begin, last=_UPSAMPLING * end, timbre=timbre)
         return samples[:, (first - begin) * self._spec.hop : (last - begin) * self._spec.hop]
-
-    def _inverse_stft(self, columns: torch.Tensor) -> torch.Tensor:
-        """Log-magnitudes and phases float32 [B, N + 1, 2 * bins] to samples [B, N * stft_hop].
-
-        torch.istft does the same in nearly twice the time.
-        """
-        num_bins = self._config.num_bins
-        log_magnitude, phase = columns[:, :, :num_bins], columns[:, :, num_bins:]
-        magnitude = log_magnitude.clamp(max=self._config.log_magnitude_clip).exp()
-        spectrum = torch.complex(magnitude * phase.cos(), magnitude * phase.sin())
-        segments: torch.Tensor = torch.fft.irfft(spectrum, self._config.n_fft)
-        hop, batch, num_columns = self._config.stft_hop, segments.shape[0], segments.shape[1]
-        num_pieces = math.ceil(self._config.n_fft / hop)
-        samples = segments.new_zeros(batch, num_columns + num_pieces - 1, hop)
-        envelope = segments.new_zeros(num_columns + num_pieces - 1, hop)
-        for piece in range(num_pieces):
-            window = self._window[piece * hop : (piece + 1) * hop]
-            rows = slice(piece, piece + num_columns)
-            segment = segments[:, :, piece * hop : (piece + 1) * hop]
-            samples[:, rows, : len(window)].addcmul_(segment, window)
-            envelope[rows, : len(window)] += window * window
-        begin = self._config.n_fft // 2
-        wanted = slice(begin, begin + (num_columns - 1) * hop)
-        return samples.flatten(1)[:, wanted] / envelope.flatten()[wanted]
 
     @torch.inference_mode()
     def encode(self, audio: torch.Tensor) -> torch.Tensor:
@@ -486,23 +548,14 @@ class LarkCodec:
         return (mel.clamp(min=config.mel_log_floor).log() + config.mel_shift) / config.mel_scale
 
 
-def slaney_mel_filters(sample_rate_hz: int, n_fft: int, *, num_mels: int, fmin: float, fmax: float) -> torch.Tensor:
-    """Triangular filters on Slaney's mel scale, each of unit area: float32 [n_fft / 2 + 1, num_mels].
-
-    The scale is linear to 1 kHz (15 mel), logarithmic above (27 mel a factor of 6.4).
-    Source: M. Slaney, Auditory Toolbox, 1998.
-    """
-    linear_hz, break_hz, break_mel, log_step = 200.0 / 3.0, 1000.0, 15.0, math.log(6.4) / 27.0
-
-    def to_mel(hz: float) -> float:
-        return hz / linear_hz if hz < break_hz else break_mel + math.log(hz / break_hz) / log_step
-
-    mels = np.linspace(to_mel(fmin), to_mel(fmax), num_mels + 2)
-    above = break_hz * np.exp(log_step * np.maximum(mels - break_mel, 0.0))
-    edges_hz = np.where(mels < break_mel, mels * linear_hz, above)
-    bins_hz = np.arange(n_fft // 2 + 1) * (sample_rate_hz / n_fft)
-    low, centre, high = edges_hz[:-2], edges_hz[1:-1], edges_hz[2:]
-    rising = (bins_hz[:, None] - low) / (centre - low)
-    falling = (high - bins_hz[:, None]) / (high - centre)
-    filters = np.maximum(0.0, np.minimum(rising, falling)) * (2.0 / (high - low))
-    return torch.from_numpy(filters.astype(np.float32))
+def noise_keys(codes: torch.Tensor) -> torch.Tensor:
+    """Codes int64 [B, Q, T] to a number for every row, int64 [B, 4T]; a hash, which wraps around."""
+    batch, num_codebooks, num_frames = codes.shape
+    padded = F.pad(codes, (_NOISE_FRAMES - 1, 0)) + 1
+    key = torch.zeros(batch, num_frames, dtype=torch.int64, device=codes.device)
+    for frame in range(_NOISE_FRAMES):
+        for k in range(num_codebooks):
+            key = (key ^ padded[:, k, frame : frame + num_frames]) * _MIX + 1
+    rows = key[:, :, None] + torch.arange(_UPSAMPLING, device=codes.device)
+    # The low bits of such products are poor.
+    return ((rows * _MIX) >> 33).flatten(1)

@@ -2,8 +2,8 @@
 
 The text side says how long every phoneme lasts, and the decoder is told at each row which phoneme it is in. So the
 length is known before the first step, the voice cannot skip or repeat, and its pace is a factor on the durations.
-No cross-attention, no guidance, no end code. The first byte of a sentence says whose voice it is. Source:
-engine/assets/lark/README.md.
+No cross-attention, no guidance, no end code. The first byte of a sentence says whose voice it is, or the codec's timbre
+does. Source: engine/assets/lark/README.md.
 """
 
 from __future__ import annotations
@@ -67,10 +67,11 @@ _TURN = re.compile(r"\[S([1-9])\]\s*", re.IGNORECASE)
 
 @dataclass(frozen=True, slots=True)
 class LarkSpeaker:
-    """byte: what this speaker's sentences begin with."""
+    """byte: what this speaker's sentences begin with. timbre: what the codec speaks them in."""
 
     name: str
     byte: int
+    timbre: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -219,6 +220,7 @@ class LarkModel:
     def __init__(self, config: LarkConfig, weights: Checkpoint, *, spec: ModelSpec, phonemizer: Phonemizer) -> None:
         self.spec = spec
         self._config = config
+        self._speakers = _all_speakers(config, spec.codec)
         self._phonemizer = phonemizer
         marks = (phonemizer.byte_of_symbol.get(mark) for mark in " .,!?;:—")
         self._pauses = frozenset(byte for byte in marks if byte is not None)
@@ -324,6 +326,7 @@ class LarkModel:
             num_branches=1,
             speed=settings.speed,
             words=self._timed(text, text_ids, words),
+            timbre=speaker.timbre,
         )
 
     def _speaker(self, name: str | None, *, turn: int) -> LarkSpeaker:
@@ -331,7 +334,7 @@ class LarkModel:
 
         Raises: VoiceNotFound.
         """
-        speakers = self._config.speakers
+        speakers = self._speakers
         names = [speaker.name for speaker in speakers]
         if name is not None and name not in names:
             raise VoiceNotFound(f"no voice {name!r} in this model: its voices are {', '.join(names)}", param="voice")
@@ -436,8 +439,20 @@ def _spec(config: LarkConfig, codec: CodecSpec) -> ModelSpec:
         has_side=True,
         supports_speed=True,
         supports_voice_prompt=False,
-        voices=tuple(speaker.name for speaker in config.speakers),
+        voices=tuple(speaker.name for speaker in _all_speakers(config, codec)),
     )
+
+
+def _all_speakers(config: LarkConfig, codec: CodecSpec) -> tuple[LarkSpeaker, ...]:
+    """The model's own, and the first of them in each timbre of the codec's that has no name among these."""
+    own = config.speakers
+    names = {speaker.name for speaker in own}
+    others = (
+        LarkSpeaker(name, own[0].byte, timbre)
+        for timbre, name in enumerate(codec.timbres)
+        if timbre > 0 and name not in names
+    )
+    return (*own, *others)
 
 
 def _spoken(text: str, options: TextOptions) -> list[Segment]:

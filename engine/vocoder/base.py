@@ -19,8 +19,8 @@ class Window:
     """Frames to decode with their context.
 
     codes: int16 [num_codebooks, T]. Samples are wanted for frames `skip .. skip + num_frames` of the T.
-    sequence_id and index name the window; every (sequence_id, index) is submitted once. tenant, weight: whose it is,
-    and that tenant's share where several have windows waiting.
+    timbre: what they are spoken in. sequence_id and index name the window; every (sequence_id, index) is submitted
+    once. tenant, weight: whose it is, and that tenant's share where several have windows waiting.
     """
 
     sequence_id: int
@@ -28,6 +28,7 @@ class Window:
     codes: NDArray[np.int16]
     skip: int
     num_frames: int
+    timbre: int = 0
     tenant: str = ""
     weight: float = 1.0
 
@@ -100,5 +101,5 @@ def decode_window(codec: Codec, window: Window) -> NDArray[np.float32]:
     Returns float32 [num_frames * hop].
     """
     codes = torch.from_numpy(window.codes.astype(np.int64))[None].to(codec.device)
-    samples = codec.decode(codes, first=window.skip, last=window.skip + window.num_frames)[0]
+    samples = codec.decode(codes, first=window.skip, last=window.skip + window.num_frames, timbre=window.timbre)[0]
     return samples.to("cpu", torch.float32).numpy()

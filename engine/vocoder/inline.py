@@ -85,7 +85,7 @@ def decode_windows(codec: Codec, windows: Sequence[Window]) -> list[DecodedWindo
         return [_decode_one(codec, window) for window in windows]
     places_of: dict[tuple[int, ...], list[int]] = {}
     for place, window in enumerate(windows):
-        places_of.setdefault((*window.codes.shape, window.skip, window.num_frames), []).append(place)
+        places_of.setdefault((*window.codes.shape, window.skip, window.num_frames, window.timbre), []).append(place)
     decoded: dict[int, DecodedWindow] = {}
     for places in places_of.values():
         batch = _decode_batch(codec, [windows[place] for place in places])
@@ -118,7 +118,7 @@ def _decode_batch(codec: Codec, windows: list[Window]) -> list[DecodedWindow]:
     codes = torch.from_numpy(np.stack([window.codes for window in windows]).astype(np.int64)).to(codec.device)
     first, last = windows[0].skip, windows[0].skip + windows[0].num_frames
     try:
-        samples = codec.decode(codes, first=first, last=last).to("cpu", torch.float32).numpy()
+        samples = codec.decode(codes, first=first, last=last, timbre=windows[0].timbre).to("cpu", torch.float32).numpy()
     except torch.AcceleratorError:
         raise
     except _WINDOW_ERRORS:

@@ -8,17 +8,21 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
+from teacher import SPEAKERS
 from torch import nn
 
-from declaim.engine.codec.lark import slaney_mel_filters
+from declaim.engine.codec.mel import slaney_mel_filters
+from declaim.engine.codec.source_filter import SourceFilter, Timbre
 
 KERNEL = 7
+PITCH_BACK, PITCH_AHEAD = 7, 2
+PITCH_UNIT_HZ = 100.0
 RESAMPLE_KERNEL = 4
 
 
@@ -44,9 +48,14 @@ class CodecShape:
     mel_log_floor: float = 1e-4
     mel_shift: float = 5.0
     mel_scale: float = 3.0
-    log_magnitude_clip: float = 6.0
-    left_context: int = 10
+    synthesis_n_fft: int = 1200
+    num_bands: int = 80
+    pitch_hidden_size: int = 256
+    log_magnitude_clip: float = 7.0
+    left_context: int = 32
+    envelope_context: int = 17
     right_context: int = 4
+    timbres: tuple[Timbre, ...] = SPEAKERS
 
 
 class Conv(nn.Conv1d):
@@ -127,8 +136,38 @@ class Encoder(nn.Module):
         return self.proj(self.stage3(self.down2(x)))
 
 
+class Pitch(nn.Sequential):
+    """The codebooks' rows of each frame [B, T, Q * dim] to [B, 4T, 2]: the logarithm of the pitch in hundreds of Hz,
+    and a logit of whether there is any.
+    """
+
+    def __init__(self, shape: CodecShape) -> None:
+        heard = (PITCH_BACK + 1 + PITCH_AHEAD) * shape.num_codebooks * shape.codebook_dim
+        hidden = shape.pitch_hidden_size
+        super().__init__(nn.Linear(heard, hidden), nn.Linear(hidden, hidden), nn.Linear(hidden, 8))
+
+    def forward(self, vectors: torch.Tensor) -> torch.Tensor:
+        x = F.pad(vectors, (0, 0, PITCH_BACK, PITCH_AHEAD)).unfold(1, PITCH_BACK + 1 + PITCH_AHEAD, 1).flatten(2)
+        first, second, out = self
+        return out(F.gelu(second(F.gelu(first(x))))).unflatten(2, (4, 2)).flatten(1, 2)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Said:
+    """What the decoder says of a hundred rows a second.
+
+    harmonic, noise: log-magnitudes in bands [B, R, bands], as `source_filter.Rows` has them. log_pitch, voicing: float
+    [B, R], of hundreds of Hz, and a logit.
+    """
+
+    harmonic: torch.Tensor
+    noise: torch.Tensor
+    log_pitch: torch.Tensor
+    voicing: torch.Tensor
+
+
 class Decoder(nn.Module):
-    """Frame vectors [B, T, C] to samples [B, T * hop]."""
+    """Frame vectors [B, T, C] and the codebooks' rows [B, T, Q * dim] to what is said."""
 
     def __init__(self, shape: CodecShape) -> None:
         super().__init__()
@@ -141,27 +180,22 @@ class Decoder(nn.Module):
         self.up2 = Upsample(width)
         self.stage3 = _stage(4, width, mult)
         self.norm = nn.LayerNorm(width)
-        self.head = nn.Linear(width, shape.n_fft + 2)
-        self.register_buffer("window", torch.hann_window(shape.n_fft), persistent=False)
+        self.head = nn.Linear(width, 2 * shape.num_bands)
+        self.pitch = Pitch(shape)
 
-    def forward(self, z: torch.Tensor) -> torch.Tensor:
+    def forward(self, z: torch.Tensor, vectors: torch.Tensor) -> Said:
         x = self.stage1(self.conv_in(z))
         x = self.stage2(self.up1(x))
         x = self.norm(self.stage3(self.up2(x)))
-        log_magnitude, phase = self.head(torch.cat([x, x[:, -1:]], dim=1)).transpose(1, 2).float().chunk(2, dim=1)
-        magnitude = log_magnitude.clamp(max=self.shape.log_magnitude_clip).exp()
-        return torch.istft(
-            torch.polar(magnitude, phase),
-            self.shape.n_fft,
-            self.shape.stft_hop,
-            window=self.window,
-            length=z.shape[1] * self.shape.hop_length,
-        )
+        harmonic, noise = self.head(x).chunk(2, dim=2)
+        log_pitch, voicing = self.pitch(vectors).unbind(2)
+        return Said(harmonic, noise, log_pitch, voicing)
 
     def future_taps(self) -> Iterator[tuple[nn.Parameter, tuple[slice | int, ...]]]:
         """The weights that look ahead and must stay zero, so that a frame needs 4 frames after it and no more.
 
         15 rows of 10 ms lie ahead of a frame's last sample: half an STFT window, and three blocks that look both ways.
+        The pulses need as much: a whole window of them, and a pitch that is read from two frames more.
         """
         ahead = slice(KERNEL // 2 + 1, KERNEL)
         yield self.conv_in.weight, (slice(None), slice(None), ahead)
@@ -196,6 +230,7 @@ class Quantized:
     """z: [B, T, C], with the gradient of what was quantized; codes: int64 [B, T, Q]; loss: codebook and commitment."""
 
     z: torch.Tensor
+    vectors: torch.Tensor  # [B, T, Q * dim], the codebooks' rows, with the gradient of what was quantized
     codes: torch.Tensor
     loss: torch.Tensor
     projected: tuple[torch.Tensor, ...]  # what each codebook was asked for, detached: [B * T, dim]
@@ -212,18 +247,21 @@ class Codec(nn.Module):
             shape.sampling_rate, shape.n_fft, num_mels=shape.n_mels, fmin=shape.mel_fmin, fmax=shape.mel_fmax
         )
         self.register_buffer("mel_filters", filters, persistent=False)
+        self.register_buffer("window", torch.hann_window(shape.n_fft), persistent=False)
 
     @classmethod
     def load(cls, folder: Path) -> Codec:
         raw = json.loads((folder / "config.json").read_text())
         known = CodecShape.__dataclass_fields__
-        codec = cls(CodecShape(**{name: value for name, value in raw.items() if name in known}))
+        values = {name: value for name, value in raw.items() if name in known}
+        timbres = tuple(Timbre(**timbre) for timbre in raw["timbres"])
+        codec = cls(CodecShape(**(values | {"timbres": timbres})))
         codec.load_state_dict({name: t.float() for name, t in load_file(folder / "model.safetensors").items()})
         return codec
 
     def save(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        config = {"model_type": "lark_codec"} | {name: getattr(self.shape, name) for name in self.shape.__slots__}
+        config = {"model_type": "lark_codec"} | asdict(self.shape)
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         weights = {name: t.detach().to(torch.float16).contiguous() for name, t in self.state_dict().items()}
         save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
@@ -231,35 +269,51 @@ class Codec(nn.Module):
     def log_mel(self, audio: torch.Tensor) -> torch.Tensor:
         """[B, S], S a multiple of the hop, to scaled log-mel [B, S / stft_hop, mels]."""
         shape = self.shape
-        spectrum = torch.stft(audio, shape.n_fft, shape.stft_hop, window=self.decoder.window, return_complex=True)
+        spectrum = torch.stft(audio, shape.n_fft, shape.stft_hop, window=self.window, return_complex=True)
         mel = spectrum.abs().transpose(1, 2)[:, :-1] @ self.mel_filters
         return (mel.clamp(min=shape.mel_log_floor).log() + shape.mel_shift) / shape.mel_scale
 
     def quantize(self, z: torch.Tensor) -> Quantized:
         """Residual quantization with the straight-through gradient."""
         residual, total = z, torch.zeros_like(z)
-        loss, codes, projected = z.new_zeros(()), [], []
+        loss, codes, projected, vectors = z.new_zeros(()), [], [], []
         for quantizer in self.quantizer:
             e = quantizer.in_proj(residual)
             code = quantizer.nearest(e)
             row = quantizer.codebook[code]
             e_unit, row_unit = F.normalize(e, dim=-1), F.normalize(row, dim=-1)
             loss = loss + F.mse_loss(e_unit.detach(), row_unit) + 0.25 * F.mse_loss(e_unit, row_unit.detach())
-            out = quantizer.out_proj(e + (row - e).detach())
+            vectors.append(e + (row - e).detach())
+            out = quantizer.out_proj(vectors[-1])
             # Rows carry the length too: they follow what they stand for.
             loss = loss + 0.1 * F.mse_loss(row, e.detach()) + 0.025 * F.mse_loss(e, row.detach())
             total = total + out
             residual = residual - out
             codes.append(code)
             projected.append(e.detach().flatten(0, 1))
-        return Quantized(total, torch.stack(codes, dim=-1), loss, tuple(projected))
+        return Quantized(total, torch.cat(vectors, dim=-1), torch.stack(codes, dim=-1), loss, tuple(projected))
 
-    def vectors(self, codes: torch.Tensor) -> torch.Tensor:
-        """Codes int64 [B, T, Q] to the decoder's input [B, T, C]."""
-        total = self.quantizer[0].vectors(codes[..., 0])
-        for k in range(1, self.shape.num_codebooks):
-            total = total + self.quantizer[k].vectors(codes[..., k])
-        return total
+    def vectors(self, codes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Codes int64 [B, T, Q] to the decoder's two inputs, [B, T, C] and [B, T, Q * dim]."""
+        rows = [quantizer.codebook[codes[..., k]] for k, quantizer in enumerate(self.quantizer)]
+        total = self.quantizer[0].out_proj(rows[0])
+        for quantizer, row in zip(self.quantizer[1:], rows[1:], strict=True):
+            total = total + quantizer.out_proj(row)
+        return total, torch.cat(rows, dim=-1)
+
+    def source_filter(self) -> SourceFilter:
+        """What makes samples of what the decoder says, in the arithmetic of the parameters."""
+        shape, parameter = self.shape, self.decoder.head.weight
+        return SourceFilter(
+            sample_rate_hz=shape.sampling_rate,
+            n_fft=shape.synthesis_n_fft,
+            hop=shape.stft_hop,
+            num_bands=shape.num_bands,
+            timbres=shape.timbres,
+            log_magnitude_clip=shape.log_magnitude_clip,
+            device=parameter.device,
+            dtype=parameter.dtype,
+        )
 
     @torch.no_grad()
     def revive(self, projected: tuple[torch.Tensor, ...], used: torch.Tensor) -> int:

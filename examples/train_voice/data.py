@@ -29,12 +29,16 @@ _TURNS = {1: (0,), 2: (0, 1), 3: (0, 1, 0, 2)}
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Utterance:
-    """text_ids: uint8 [L], the first the speaker's mark; durations_s: float32 [L]; audio: int16 [S]."""
+    """text_ids: uint8 [L], the first the speaker's mark; durations_s: float32 [L]; audio: int16 [S]; bands, pitch_hz:
+    see `teacher.Speech`.
+    """
 
     speaker: int
     text_ids: NDArray[np.uint8]
     durations_s: NDArray[np.float32]
     audio: NDArray[np.int16]
+    bands: NDArray[np.float16]
+    pitch_hz: NDArray[np.float32]
     held_out: bool
 
 
@@ -75,6 +79,8 @@ def _make_shard(folder: Path, index: int, *, turns: tuple[int, ...], sentences: 
                     np.array([*text_ids, phonemizer.end_byte], np.uint8),
                     speech.durations_s,
                     np.round(speech.audio * 32767).astype(np.int16),
+                    speech.bands,
+                    speech.pitch_hz,
                     is_held_out(line),
                 )
             )
@@ -94,6 +100,9 @@ def write_shard(path: Path, utterances: Sequence[Utterance]) -> Path:
             text_ids=np.concatenate([u.text_ids for u in utterances]),
             durations_s=np.concatenate([u.durations_s for u in utterances]),
             audio=np.concatenate([u.audio for u in utterances]),
+            num_rows=np.array([len(u.bands) for u in utterances], np.int64),
+            bands=np.concatenate([u.bands for u in utterances]),
+            pitch_hz=np.concatenate([u.pitch_hz for u in utterances]),
         )
     os.replace(partial_path, path)
     return path
@@ -102,12 +111,16 @@ def write_shard(path: Path, utterances: Sequence[Utterance]) -> Path:
 def read_shard(path: Path) -> list[Utterance]:
     with np.load(path) as stored:
         arrays = {name: stored[name] for name in stored.files}
-    byte_ends, sample_ends = np.cumsum(arrays["num_bytes"])[:-1], np.cumsum(arrays["num_samples"])[:-1]
+    byte_ends, sample_ends, row_ends = (
+        np.cumsum(arrays[name])[:-1] for name in ("num_bytes", "num_samples", "num_rows")
+    )
     rows = zip(
         arrays["speaker"].tolist(),
         np.split(arrays["text_ids"], byte_ends),
         np.split(arrays["durations_s"], byte_ends),
         np.split(arrays["audio"], sample_ends),
+        np.split(arrays["bands"], row_ends),
+        np.split(arrays["pitch_hz"], row_ends),
         arrays["held_out"].tolist(),
         strict=True,
     )

@@ -9,10 +9,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from codec import Codec
+from codec import PITCH_UNIT_HZ, Codec
 from corpus import WEAK_WORDS
 
 from declaim.engine import Engine, EngineConfig, SamplingParams, SpeechRequest
+from declaim.engine.codec.lark import noise_keys
+from declaim.engine.codec.source_filter import Rows
 from declaim.engine.loader import EMBEDDED_FOLDER
 from declaim.engine.models.base import PromptSettings
 from declaim.engine.models.lark import LarkModel
@@ -47,7 +49,6 @@ def write_vectors(folder: Path) -> None:
     durations and greedy codes in float32.
     """
     codec = Codec.load(folder / "codec").double()
-    codec.decoder.window = torch.hann_window(codec.shape.n_fft, dtype=torch.float64)
     with Engine.from_pretrained(str(folder), config=EngineConfig(device="cpu", dtype="float32")) as engine:
         request = SpeechRequest(TEST_SENTENCE, sampling=SamplingParams(temperature=0.0))
         (result,) = engine.generate([request], progress=False)
@@ -73,7 +74,10 @@ def write_vectors(folder: Path) -> None:
     (folder / "test_vector.json").write_text(json.dumps(spoken, ensure_ascii=False), encoding="utf-8")
     codes = torch.from_numpy(np.resize(result.codes, (TEST_FRAMES, codec.shape.num_codebooks)).astype(np.int64))
     with torch.no_grad():
-        audio = codec.decoder(codec.vectors(codes[None]))[0]
+        said = codec.decoder(*codec.vectors(codes[None]))
+        pitch_hz, voiced = PITCH_UNIT_HZ * said.log_pitch.exp(), said.voicing > 0
+        rows = Rows(said.harmonic, said.noise, pitch_hz, voiced, noise_keys(codes.t()[None]))
+        audio = codec.source_filter()(rows, first=0, last=voiced.shape[1])[0]
     np.savez(
         folder / "codec" / "test_vector.npz", codes=codes.t().numpy().astype(np.int16), audio=audio.float().numpy()
     )

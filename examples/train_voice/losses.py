@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from declaim.engine.codec.lark import slaney_mel_filters
+from declaim.engine.codec.mel import slaney_mel_filters
 
 RESOLUTIONS = ((2048, 512, 80), (1024, 256, 80), (512, 128, 40), (256, 64, 20))  # n_fft, hop, mels
 PERIODS = (2, 3, 5, 7, 11)

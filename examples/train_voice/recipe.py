@@ -6,7 +6,8 @@ Every stage goes on from where it was cut off; run the same command again. What 
 The stages: data, codec, encode, model, export, report.
 
     --init engine/assets/lark   go on from a voice: its codes stay as they are, its decoder and code model learn on
-    --speakers 2                the first two of lark, rook, wren; all three if left out
+    --speakers 2                of lark, rook, wren, how many the code model learns, lark alone if left out; the others
+                                are timbres that the codec gives what lark says
     --minutes 90                end either training after so long, its learning rate timed for that
     --tiny                      toy sizes, a minute on one core: that the recipe runs, not that the voice speaks
     TRAIN_VOICE_PAUSE=FILE      sleep while FILE exists
@@ -87,7 +88,7 @@ def _tiny(plan: Plan) -> Plan:
         num_speakers=plan.num_speakers,
         num_shards=4,
         shard_size=8,
-        codec=replace(plan.codec, steps=12, batch=2, window=24, adversarial_from=6, shape=codec, init=None),
+        codec=replace(plan.codec, steps=12, batch=2, window=24, judged_from=6, shape=codec, init=None),
         model=replace(plan.model, steps=20, rows=400, shape=model, init=None),
     )
 
@@ -142,7 +143,7 @@ def main() -> None:
     parser.add_argument("--codec-steps", type=int, default=20_000)
     parser.add_argument("--model-steps", type=int, default=20_000)
     parser.add_argument("--minutes", type=float, default=math.inf, help="of either training, if its steps take longer")
-    parser.add_argument("--speakers", type=int, choices=range(1, len(NAMES) + 1), default=len(NAMES))
+    parser.add_argument("--speakers", type=int, choices=range(1, len(NAMES) + 1), default=1)
     parser.add_argument("--workers", type=int, default=1, help="processes that make speech")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--device", type=torch.device, default=torch.device("cpu"), help="of training: cpu or cuda")

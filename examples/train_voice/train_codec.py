@@ -1,4 +1,9 @@
-"""Train the codec: from nothing, or its decoder alone on codes that stay as they are."""
+"""Train the codec: from nothing, or its decoder alone on codes that stay as they are.
+
+The decoder says what speech is made of, and the teacher told what its speech was made of: so it learns by regression,
+which a laptop's core does in minutes. Then, if there is time for it, the audio is judged too: by spectra at several
+resolutions and by discriminators.
+"""
 
 from __future__ import annotations
 
@@ -11,16 +16,22 @@ from pathlib import Path
 import numpy as np
 import torch
 from checkpoints import Run
-from codec import Codec, CodecShape, k_means
+from codec import PITCH_UNIT_HZ, Codec, CodecShape, Said, k_means
 from data import Utterance, read_shard, shuffled
 from encode import codes_path, read_codes
 from losses import SpectralLoss, discriminator_loss, discriminators, generator_loss
+
+from declaim.engine.codec.source_filter import Rows, SourceFilter
 
 CPU = torch.device("cpu")
 HEARD_AFTER = 6  # frames of a window that are its left context
 JUDGED_FRAMES = 12
 SPECTRUM_WEIGHT = 5.0  # beside the judges' 1 for their verdict and 2 for their features
 JUDGE_LEARNING_RATE = 8e-4
+PITCH_WEIGHT = 2.0  # beside the envelopes' 1 each
+# Of a band of pulses where none are heard: windows beside a voiced stretch hear it all the same.
+UNVOICED_WEIGHT = 0.2
+LEAST_PITCH_HZ = 30.0
 REVIVE_EVERY = 50  # steps over which a codebook's row must be chosen at least once
 
 
@@ -28,14 +39,14 @@ REVIVE_EVERY = 50  # steps over which a codebook's row must be chosen at least o
 class CodecSettings:
     """steps, minutes: the end, whichever comes first. batch: windows of `window` frames.
 
-    init: a codec's folder; its codes are kept.
+    judged_from: the step from which the audio is judged. init: a codec's folder; its codes are kept.
     """
 
     steps: int
     minutes: float = math.inf
     batch: int = 8
     window: int = 40
-    adversarial_from: int = 50
+    judged_from: int = 4000
     peak_learning_rate: float = 4e-4
     init: Path | None = None
     device: torch.device = CPU
@@ -44,15 +55,21 @@ class CodecSettings:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Window:
-    """audio: float32 [B, W * hop]; codes: int64 [B, W, Q] or None; heard: float32 [B, W * hop], where it counts."""
+    """audio: float32 [B, W * hop]; codes: int64 [B, W, Q] or None; bands: float32 [B, 4W, 2 * bands] and pitch_hz:
+    float32 [B, 4W], as `teacher.Speech` has them; heard: float32 [B, 4W], the rows that count.
+    """
 
     audio: torch.Tensor
     codes: torch.Tensor | None
+    bands: torch.Tensor
+    pitch_hz: torch.Tensor
     heard: torch.Tensor
 
     def to(self, device: torch.device) -> Window:
         codes = None if self.codes is None else self.codes.to(device)
-        return Window(self.audio.to(device), codes, self.heard.to(device))
+        return Window(
+            self.audio.to(device), codes, self.bands.to(device), self.pitch_hz.to(device), self.heard.to(device)
+        )
 
 
 def train_codec(shards: Path, codes: Path | None, work: Path, settings: CodecSettings) -> Codec:
@@ -64,6 +81,7 @@ def train_codec(shards: Path, codes: Path | None, work: Path, settings: CodecSet
     average = Codec(codec.shape).to(settings.device)
     average.load_state_dict(codec.state_dict())
     judges, spectral = discriminators().to(settings.device), SpectralLoss(codec.shape.sampling_rate).to(settings.device)
+    source_filter = codec.source_filter()
     trained = list(codec.decoder.parameters() if settings.init else codec.parameters())
     optimizer = torch.optim.AdamW(trained, betas=(0.8, 0.99), weight_decay=1e-3)
     judge_optimizer = torch.optim.AdamW(judges.parameters(), lr=JUDGE_LEARNING_RATE, betas=(0.8, 0.99))
@@ -83,25 +101,28 @@ def train_codec(shards: Path, codes: Path | None, work: Path, settings: CodecSet
         losses: dict[str, float] = {}
         if window.codes is not None:
             with torch.no_grad():
-                z = codec.vectors(window.codes)
+                z, vectors = codec.vectors(window.codes)
             extra = z.new_zeros(())
         else:
             quantized = codec.quantize(codec.encoder(codec.log_mel(window.audio)))
-            z, extra = quantized.z, quantized.loss
+            z, vectors, extra = quantized.z, quantized.vectors, quantized.loss
             for k in range(codec.shape.num_codebooks):
                 used[k][quantized.codes[..., k].flatten().cpu()] = True
             losses["perplexity"] = perplexity(quantized.codes[..., 0].cpu(), codec.shape.codebook_size)
             if run.step % REVIVE_EVERY == REVIVE_EVERY - 1:
                 losses["revived"] = codec.revive(quantized.projected, used)
                 used.zero_()
-        made, real = codec.decoder(z) * window.heard, window.audio * window.heard
-        spectrum = spectral(made, real)
-        loss = SPECTRUM_WEIGHT * spectrum + extra
-        losses["spectrum"] = spectrum.item()
-        if run.step >= settings.adversarial_from:
+        said = codec.decoder(z, vectors)
+        loss = _regression(said, window, losses) + extra
+        if run.step >= settings.judged_from:
+            heard = window.heard.repeat_interleave(codec.shape.stft_hop, dim=1)
+            made, real = _spoken(said, window, source_filter) * heard, window.audio * heard
+            spectrum = spectral(made, real)
+            losses["spectrum"] = spectrum.item()
             draw = random.Random(run.step)
             judged = _judged(settings.window, codec.shape, draw)
-            loss = loss + _adversarial(judges, judge_optimizer, made[:, judged], real[:, judged], losses, draw=draw)
+            verdict = _adversarial(judges, judge_optimizer, made[:, judged], real[:, judged], losses, draw=draw)
+            loss = loss + SPECTRUM_WEIGHT * spectrum + verdict
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         losses["norm"] = float(torch.nn.utils.clip_grad_norm_(trained, 20.0))
@@ -111,6 +132,35 @@ def train_codec(shards: Path, codes: Path | None, work: Path, settings: CodecSet
         run.finish_step(losses, steps=settings.steps, minutes=settings.minutes)
     average.save(work / "codec")
     return average
+
+
+def _regression(said: Said, window: Window, losses: dict[str, float]) -> torch.Tensor:
+    """How far from what the teacher's speech was made of."""
+    heard, voiced = window.heard, (window.pitch_hz > 0).float()
+    harmonic, noise = window.bands.chunk(2, dim=2)
+
+    def mean(errors: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return (errors * weight).sum() / weight.sum().clamp(min=1.0)
+
+    log_pitch = (window.pitch_hz.clamp(min=LEAST_PITCH_HZ) / PITCH_UNIT_HZ).log()
+    errors = {
+        "harmonic": mean((said.harmonic - harmonic).abs().mean(2) * (UNVOICED_WEIGHT + voiced), heard),
+        "noise": mean((said.noise - noise).abs().mean(2), heard),
+        "voicing": mean(
+            torch.nn.functional.binary_cross_entropy_with_logits(said.voicing, voiced, reduction="none"), heard
+        ),
+        "pitch": mean((said.log_pitch - log_pitch).abs(), heard * voiced),
+    }
+    losses |= {name: error.item() for name, error in errors.items()}
+    return errors["harmonic"] + errors["noise"] + errors["voicing"] + PITCH_WEIGHT * errors["pitch"]
+
+
+def _spoken(said: Said, window: Window, source_filter: SourceFilter) -> torch.Tensor:
+    """Samples [B, W * hop] at the teacher's pitch, so that harmonics can be compared."""
+    keys = torch.randint(0, 1 << 31, window.pitch_hz.shape, device=window.pitch_hz.device)
+    voiced = window.pitch_hz > 0
+    rows = Rows(said.harmonic, said.noise, window.pitch_hz.double(), voiced, keys)
+    return source_filter(rows, first=0, last=voiced.shape[1])
 
 
 def _judged(window: int, shape: CodecShape, draw: random.Random) -> slice:
@@ -204,6 +254,8 @@ def _windows(
                 yield Window(
                     torch.stack([w.audio for w in taken]),
                     torch.stack([w.codes for w in taken if w.codes is not None]) if codes else None,
+                    torch.stack([w.bands for w in taken]),
+                    torch.stack([w.pitch_hz for w in taken]),
                     torch.stack([w.heard for w in taken]),
                 )
 
@@ -213,11 +265,19 @@ def _window(utterance: Utterance, row: np.ndarray | None, shape: CodecShape, siz
     audio = torch.from_numpy(utterance.audio).float() / 32767
     frames = len(audio) // hop if row is None else len(row)
     audio = torch.nn.functional.pad(audio, (0, max(0, frames * hop - len(audio))))
-    begin = draw.randint(0, frames - size)
-    heard = torch.ones(size * hop)
+    begin, per_frame = draw.randint(0, frames - size), hop // shape.stft_hop
+    heard = torch.ones(size * per_frame)
     if begin > 0:
-        heard[: HEARD_AFTER * hop] = 0.0
+        heard[: HEARD_AFTER * per_frame] = 0.0
     if begin + size < frames:
-        heard[-shape.right_context * hop :] = 0.0
+        heard[-shape.right_context * per_frame :] = 0.0
     codes = None if row is None else torch.from_numpy(row[begin : begin + size].astype(np.int64))
-    return Window(audio[begin * hop : (begin + size) * hop], codes, heard)
+    # The last frame may be longer than what was said.
+    rows = np.minimum(np.arange(begin * per_frame, (begin + size) * per_frame), len(utterance.pitch_hz) - 1)
+    return Window(
+        audio[begin * hop : (begin + size) * hop],
+        codes,
+        torch.from_numpy(utterance.bands[rows].astype(np.float32)),
+        torch.from_numpy(utterance.pitch_hz[rows]),
+        heard,
+    )

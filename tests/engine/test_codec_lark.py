@@ -14,8 +14,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from declaim.engine.codec.base import CodecRecipe
-from declaim.engine.codec.lark import LarkCodec, slaney_mel_filters
+from declaim.engine.codec.lark import LarkCodec
 from declaim.engine.codec.load import load_codec
+from declaim.engine.codec.mel import slaney_mel_filters
 from declaim.engine.errors import ModelLoadError
 
 LARK = Path(__file__).parents[2] / "engine" / "assets" / "lark"
@@ -72,32 +73,43 @@ def test_every_window_with_its_context_equals_the_whole(
         window = codec.decode(codes[:, :, first:last])[0, skip * spec.hop : (skip + size) * spec.hop]
         trimmed = codec.decode(codes[:, :, first:last], first=skip, last=skip + size)[0]
         expected = whole[begin * spec.hop : (begin + size) * spec.hop]
-        torch.testing.assert_close(window, expected, rtol=0.0, atol=1e-4)
-        torch.testing.assert_close(trimmed, expected, rtol=0.0, atol=1e-4)
-        torch.testing.assert_close(trimmed, window, rtol=0.0, atol=2e-6)
+        torch.testing.assert_close(window, expected, rtol=0.0, atol=5e-6)
+        torch.testing.assert_close(trimmed, expected, rtol=0.0, atol=5e-6)
 
 
-def test_seventeen_frames_before_are_exact_ten_are_close_and_four_after_are_all_it_hears(codec: LarkCodec) -> None:
-    generator = torch.Generator().manual_seed(1)
-    codes = torch.randint(0, 1024, (1, codec.spec.num_codebooks, 60), generator=generator)
-    hop, whole = codec.spec.hop, codec.decode(codes)[0]
+def test_the_frames_before_give_the_phase_and_four_after_are_all_it_hears(
+    codec: LarkCodec, vector: tuple[torch.Tensor, torch.Tensor]
+) -> None:
+    codes, _ = vector
+    hop, at, whole = codec.spec.hop, 34, codec.decode(codes)[0]
 
     def error(left: int, right: int) -> float:
-        window = codec.decode(codes[:, :, 30 - left : 31 + right])[0]
-        return float((window[left * hop : (left + 1) * hop] - whole[30 * hop : 31 * hop]).abs().max())
+        window = codec.decode(codes[:, :, at - left : at + 1 + right])[0]
+        return float((window[left * hop : (left + 1) * hop] - whole[at * hop : (at + 1) * hop]).abs().max())
 
-    assert error(17, 4) < 2e-6
-    assert error(codec.spec.left, codec.spec.right) < 1e-4
-    assert error(4, 4) > 1e-4
-    assert error(17, 2) > 1e-5
+    assert error(codec.spec.left, codec.spec.right) < 2e-6
+    assert error(2, 4) > 1e-3
+    assert error(codec.spec.left, 2) > 1e-5
 
 
-def test_a_codec_that_does_not_say_its_context_takes_ten_frames_each_side(tmp_path: Path) -> None:
-    folder = _copy(tmp_path)
-    first_version = {name: value for name, value in CONFIG.items() if not name.endswith("_context")}
-    (folder / "config.json").write_text(json.dumps(first_version))
-    spec = _load(folder).spec
-    assert (spec.left, spec.right) == (10, 10)
+def test_a_timbre_is_another_voice_that_says_the_same(codec: LarkCodec, speech_codes: torch.Tensor) -> None:
+    """Its pitch and its formants are those of config.json, and its envelope over time is the first voice's."""
+    assert codec.spec.timbres == ("lark", "rook", "wren")
+    lark, rook, wren = (codec.decode(speech_codes, timbre=timbre)[0] for timbre in range(3))
+    pitches = [_pitch_hz(samples) for samples in (lark, rook, wren)]
+    assert pitches[1] / pitches[0] == pytest.approx(0.58, rel=0.06)
+    assert pitches[2] / pitches[0] == pytest.approx(1.25, rel=0.06)
+    levels = [samples.view(-1, codec.spec.hop).square().mean(1).sqrt() for samples in (lark, rook, wren)]
+    for other in levels[1:]:
+        assert float(torch.corrcoef(torch.stack([levels[0], other]))[0, 1]) > 0.75
+
+
+def _pitch_hz(samples: torch.Tensor) -> float:
+    """The median over loud stretches of 50 ms: the lag, 1/400 to 1/60 s, at which they are most like themselves."""
+    stretches = samples.unfold(0, 1200, 600)
+    loud = stretches[stretches.square().mean(1) > 0.3 * stretches.square().mean(1).max()]
+    likeness = torch.fft.irfft(torch.fft.rfft(loud, 2400).abs() ** 2)[:, 60:400]
+    return 24_000 / float((60 + likeness.argmax(1)).median())
 
 
 def test_an_items_samples_are_the_same_bits_in_any_batch_and_on_every_call(codec: LarkCodec) -> None:
@@ -133,11 +145,11 @@ def test_half_precision_stays_close_and_returns_float32(
 
 
 def test_encoding_decoded_speech_finds_its_codes_again(codec: LarkCodec, speech_codes: torch.Tensor) -> None:
-    """Not all, for the codec is lossy: 0.79 of the first codebook's; a wrong mel scale finds 0.38."""
+    """Not all, for the codec is lossy and its noise is drawn: 0.54 of the first codebook's."""
     codes = codec.encode(codec.decode(speech_codes)[0])
     assert codes.shape == speech_codes.shape[1:]
     assert codes.dtype == torch.int64
-    assert float((codes[0] == speech_codes[0, 0]).float().mean()) > 0.7
+    assert float((codes[0] == speech_codes[0, 0]).float().mean()) > 0.45
 
 
 def test_each_further_codebook_brings_the_sound_closer(codec: LarkCodec, speech_codes: torch.Tensor) -> None:
@@ -156,7 +168,7 @@ def test_each_further_codebook_brings_the_sound_closer(codec: LarkCodec, speech_
         decoded = codec.decode(mixed[None])[0]
         errors.append(float((spectrum(decoded) - spectrum(audio)).abs().mean()))
     assert errors == sorted(errors, reverse=True)
-    assert errors[-1] < 0.15
+    assert errors[-1] < 0.7 * errors[0]
 
 
 @pytest.mark.parametrize(("num_samples", "num_frames"), [(0, 0), (1, 1), (959, 1), (960, 1), (961, 2), (4800, 5)])
@@ -195,7 +207,7 @@ def test_the_spec_is_what_config_json_says(codec: LarkCodec) -> None:
     spec = codec.spec
     assert (spec.sample_rate_hz, spec.hop) == (config["sampling_rate"], config["hop_length"])
     assert (spec.num_codebooks, spec.codebook_size) == (config["num_codebooks"], config["codebook_size"])
-    assert (spec.left, spec.right) == (config["left_context"], config["right_context"]) == (10, 4)
+    assert (spec.left, spec.right) == (config["left_context"], config["right_context"]) == (32, 4)
     assert codec.device == torch.device("cpu")
 
 
@@ -247,7 +259,7 @@ def test_every_config_key_is_needed_and_named_when_missing_or_wrong(tmp_path: Pa
     path = tmp_path / "config.json"
     without = {name: value for name, value in config.items() if name != key}
     wrong = (config | {key: "many"}, config | {key: True})
-    for broken in wrong if key.endswith("_context") else (without, *wrong):
+    for broken in (without, *wrong):
         path.write_text(json.dumps(broken))
         with pytest.raises(ModelLoadError, match=rf"config\.json.*{key}"):
             _load(tmp_path)
@@ -263,9 +275,16 @@ def test_every_config_key_is_needed_and_named_when_missing_or_wrong(tmp_path: Pa
         {"mel_fmin": 13_000},
         {"mel_scale": 0},
         {"mel_log_floor": 0},
+        {"synthesis_n_fft": 1201},
+        {"synthesis_n_fft": 240},
+        {"left_context": 9},
+        {"envelope_context": 33},
+        {"timbres": []},
+        {"timbres": [{"pitch": 1.0, "warp": 1.0, "gain": 1.0}]},
+        {"timbres": [{"name": "low", "pitch": 0.1, "warp": 1.0, "gain": 1.0}]},
     ],
 )
-def test_config_values_that_do_not_fit_are_refused(tmp_path: Path, change: dict[str, int]) -> None:
+def test_config_values_that_do_not_fit_are_refused(tmp_path: Path, change: dict[str, object]) -> None:
     config = CONFIG
     (tmp_path / "config.json").write_text(json.dumps(config | change))
     with pytest.raises(ModelLoadError, match=next(iter(change))):

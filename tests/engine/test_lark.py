@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ from declaim.engine import Engine, EngineConfig, InvalidRequest, SamplingParams,
 from declaim.engine.errors import ModelLoadError, VoiceNotFound
 from declaim.engine.loader import EMBEDDED_FOLDER
 from declaim.engine.models.base import PromptSettings
-from declaim.engine.models.lark import LarkConfig, LarkModel
+from declaim.engine.models.lark import LarkConfig, LarkModel, _all_speakers
 from declaim.engine.request import EncodedVoice
 from declaim.engine.sequence import Prompt
 from declaim.engine.text import TextOptions
@@ -143,7 +144,7 @@ def tokenized(model: LarkModel, text: str, voice_name: str | None = None) -> Pro
 
 @pytest.fixture(scope="module")
 def choir(engine: Engine, tmp_path_factory: pytest.TempPathFactory) -> LarkModel:
-    """The embedded voice as the first of three: the others differ by their speaker vectors."""
+    """The embedded voice as the first of three, which differ by their speaker vectors; the codec has no timbres."""
     folder = tmp_path_factory.mktemp("choir")
     for path in EMBEDDED_FOLDER.iterdir():
         if path.is_file():
@@ -155,7 +156,8 @@ def choir(engine: Engine, tmp_path_factory: pytest.TempPathFactory) -> LarkModel
     own = weights.get("speaker_embedding.weight", torch.zeros(1, 256, dtype=torch.float16))[:1]
     others = torch.randn(2, 256, generator=torch.Generator().manual_seed(1)).to(torch.float16)
     save_file(weights | {"speaker_embedding.weight": torch.cat([own, others])}, folder / "model.safetensors")
-    return LarkModel.load(folder, codec=engine.spec.codec, dtype=torch.float32, device=torch.device("cpu"))
+    codec = replace(engine.spec.codec, timbres=())
+    return LarkModel.load(folder, codec=codec, dtype=torch.float32, device=torch.device("cpu"))
 
 
 def test_a_speaker_is_chosen_by_name_and_the_first_is_the_default(engine: Engine, choir: LarkModel) -> None:
@@ -185,6 +187,37 @@ def test_turns_of_a_dialogue_switch_the_voice(choir: LarkModel) -> None:
     assert [segments[2].text[word.first : word.last] for word in segments[2].words] == ["It", "is", "only", "me."]
     with pytest.raises(InvalidRequest, match="no letter"):
         choir.segments("[S1] [S2] !", TextOptions())
+
+
+def test_a_codecs_timbres_are_voices_that_say_the_first_speakers_codes(engine: Engine) -> None:
+    assert engine.spec.voices == ("lark", "rook", "wren")
+    model = engine._model
+    assert isinstance(model, LarkModel)
+    turns = model.segments("[S1] Who is there? [S2] It is only me. [S3] And I.", TextOptions())
+    assert [tokenized(model, turn.text).timbre for turn in turns] == [0, 1, 2]
+    assert [tokenized(model, turn.text, "rook").timbre for turn in turns] == [1, 2, 0]
+    sampling = SamplingParams(seed=5)
+    lark, rook = engine.generate(
+        [SpeechRequest(SENTENCE, voice=voice, sampling=sampling) for voice in ("lark", "rook")], progress=False
+    )
+    np.testing.assert_array_equal(lark.codes, rook.codes)
+    assert len(lark.audio) == len(rook.audio)
+    assert not np.array_equal(lark.audio, rook.audio)
+    # An octave lower, nearly: what is below 150 Hz is rook's.
+    share = [np.abs(np.fft.rfft(result.audio)) ** 2 for result in (lark, rook)]
+    low = int(150 / 24_000 * len(lark.audio))
+    assert share[1][:low].sum() / share[1].sum() > 3 * share[0][:low].sum() / share[0].sum()
+
+
+def test_a_speaker_of_the_models_own_goes_before_a_timbre_of_its_name(choir: LarkModel, engine: Engine) -> None:
+    codec = replace(engine.spec.codec, timbres=("lark", "ann", "wren"))
+    speakers = _all_speakers(choir._config, codec)
+    assert [(speaker.name, speaker.byte, speaker.timbre) for speaker in speakers] == [
+        ("lark", 1, 0),
+        ("ann", 251, 0),
+        ("bob", 252, 0),
+        ("wren", 1, 2),
+    ]
 
 
 def test_a_voice_alone_says_all_turns(engine: Engine) -> None:

@@ -73,7 +73,9 @@ def test_a_window_that_cannot_be_decoded_fails_alone() -> None:
 
 def test_an_accelerator_error_fails_windows_and_does_not_leave_poll() -> None:
     class BrokenDevice(FakeCodec):
-        def decode(self, codes: torch.Tensor, *, first: int = 0, last: int | None = None) -> torch.Tensor:
+        def decode(
+            self, codes: torch.Tensor, *, first: int = 0, last: int | None = None, timbre: int = 0
+        ) -> torch.Tensor:
             raise torch.AcceleratorError("device-side assert")
 
     vocoder = InlineVocoder(BrokenDevice(), wake=Wakes())

@@ -18,7 +18,7 @@ class FakeCodec:
         self.device = torch.device(device)
         self.calls: list[tuple[int, ...]] = []
 
-    def decode(self, codes: torch.Tensor, *, first: int = 0, last: int | None = None) -> torch.Tensor:
+    def decode(self, codes: torch.Tensor, *, first: int = 0, last: int | None = None, timbre: int = 0) -> torch.Tensor:
         self.calls.append(tuple(codes.shape))
         if int(codes.max()) >= self.spec.codebook_size:
             raise ValueError(f"code {int(codes.max())} is beyond the codebook ({self.spec.codebook_size})")

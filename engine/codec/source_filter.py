@@ -1,0 +1,196 @@
+"""Speech from a source and two filters: pulses at the pitch through one envelope, noise through the other.
+
+A row every `hop` samples holds the log-magnitudes of both envelopes in mel bands, a pitch and whether there is any.
+What a listener hears of phase follows from these: the pulses' filter has minimum phase, which is linear in its
+log-magnitudes (Oppenheim and Schafer, Discrete-Time Signal Processing, section 13.4: the cepstrum folded onto its
+causal half), and the noise has random phases of constant magnitude. So a network need not learn phases, and cannot get
+them wrong. Warping the envelopes' frequency axis and scaling the pitch gives other voices.
+
+The pulses' phase is a sum over time. It begins anew wherever a voiced stretch begins, so that a window needs no more
+of the past than the stretch that it begins in. Owns the arithmetic; differentiable in the envelopes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from declaim.engine.codec.mel import slaney_edges_hz
+
+# Phases for the noise, drawn once: any row of noise is a stretch of it.
+_NUM_PHASES = 1 << 16
+_PHASE_SEED = 1
+_TOP_HARMONIC_HZ = 11_000.0
+# Below, what is not heard would still pull at the phases of what is.
+_PHASE_FLOOR = -6.0
+_NEAR_PULSE = 2e-3
+_LOW_HZ, _HIGH_HZ = 30.0, 1000.0  # what a pitch may be
+
+
+@dataclass(frozen=True, slots=True)
+class Timbre:
+    """A voice as factors on the one that a network speaks: of its pitch, its frequency axis, and its level."""
+
+    name: str
+    pitch: float = 1.0
+    warp: float = 1.0
+    gain: float = 1.0
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Rows:
+    """What is said, a row each hop.
+
+    harmonic, noise: natural log-magnitudes in mel bands, [B, R, bands]; of a sinusoid's STFT divided by n_fft / 4, and
+    of the noise's STFT. pitch_hz: float64 [B, R]. voiced: bool [B, R]. noise_keys: int64 [B, R], any numbers; equal
+    keys give equal noise.
+    """
+
+    harmonic: torch.Tensor
+    noise: torch.Tensor
+    pitch_hz: torch.Tensor
+    voiced: torch.Tensor
+    noise_keys: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Filter:
+    """From bands to bins, of one timbre. magnitude, phase: [bands, bins]."""
+
+    magnitude: torch.Tensor
+    phase: torch.Tensor
+
+
+class SourceFilter:
+    """Makes samples of rows.
+
+    n_fft must be a multiple of hop and no shorter than two.
+    """
+
+    def __init__(
+        self,
+        *,
+        sample_rate_hz: int,
+        n_fft: int,
+        hop: int,
+        num_bands: int,
+        timbres: Sequence[Timbre],
+        log_magnitude_clip: float,
+        device: torch.device,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        self._rate, self._n_fft, self._hop, self._clip = sample_rate_hz, n_fft, hop, log_magnitude_clip
+        self._timbres = tuple(timbres)
+        self._window = torch.hann_window(n_fft, dtype=torch.float64).to(device, dtype)
+        self._filters = tuple(
+            _filter(sample_rate_hz, n_fft, num_bands=num_bands, warp=timbre.warp, device=device, dtype=dtype)
+            for timbre in self._timbres
+        )
+        draw = torch.Generator().manual_seed(_PHASE_SEED)
+        phases = 2 * math.pi * torch.rand(_NUM_PHASES, generator=draw, dtype=torch.float64)
+        self._phasors = torch.polar(torch.ones_like(phases), phases).to(device, dtype.to_complex())
+
+    def __call__(self, rows: Rows, *, first: int, last: int, timbre: int = 0) -> torch.Tensor:
+        """The samples of rows `first` .. `last` (exclusive), [B, (last - first) * hop].
+
+        rows: harmonic and noise of these rows alone, the rest of all rows that are known: the phase is summed from the
+        first on. Each end of the stretch is taken for the end of all there is; samples more than n_fft / hop rows from
+        it do not know the difference.
+        """
+        voice, filter_ = self._timbres[timbre], self._filters[timbre]
+        pulses = self._pulses(rows.pitch_hz * voice.pitch, rows.voiced)[:, first * self._hop : last * self._hop]
+        magnitude = (rows.harmonic @ filter_.magnitude).clamp(max=self._clip).exp()
+        phase = rows.harmonic.clamp(min=_PHASE_FLOOR) @ filter_.phase
+        spectrum = self._spectrum(pulses.to(magnitude.dtype)) * torch.polar(magnitude, phase)
+        noise = (rows.noise @ filter_.magnitude).clamp(max=self._clip).exp()
+        spectrum = spectrum + self._noise_phasors(rows.noise_keys[:, first:last]) * noise
+        return voice.gain * self._samples(spectrum)
+
+    def _pulses(self, pitch_hz: torch.Tensor, voiced: torch.Tensor) -> torch.Tensor:
+        """Every harmonic of the pitch with the same amplitude, zero where nothing is voiced: float32 [B, R * hop].
+
+        The sum of H cosines in closed form; its phase in float64, since a hundredth of a period of the highest harmonic
+        is a tenthousandth of the lowest's.
+        """
+        batch, hop = pitch_hz.shape[0], self._hop
+        pitch_hz = pitch_hz.clamp(_LOW_HZ, _HIGH_HZ)
+        after = torch.cat([pitch_hz[:, 1:], pitch_hz[:, -1:]], dim=1)
+        share = torch.arange(hop, device=pitch_hz.device, dtype=pitch_hz.dtype) / hop
+        hz = (pitch_hz[:, :, None] * (1 - share) + after[:, :, None] * share).flatten(1)
+        # A sample belongs to the row nearest to it.
+        next_voiced = torch.cat([voiced[:, 1:], voiced[:, -1:]], dim=1)
+        sounds = torch.where(share < 0.5, voiced[:, :, None], next_voiced[:, :, None]).flatten(1)
+        periods = (hz / self._rate).cumsum(1)
+        begins = sounds & ~F.pad(sounds, (1, 0))[:, :-1]
+        index = torch.arange(hz.shape[1], device=hz.device).expand(batch, -1)
+        origin = torch.where(begins, index, 0).cummax(1).values
+        # Half a period before the first pulse: where the sum of cosines is small.
+        phase = (periods - periods.gather(1, origin) + 0.5).frac().mul(2 * math.pi).float()
+        harmonics = (_TOP_HARMONIC_HZ / hz).floor().float() + 0.5
+        sine = 2 * (phase / 2).sin()
+        is_pulse = sine.abs() <= _NEAR_PULSE
+        pulses = torch.where(is_pulse, harmonics, (harmonics * phase).sin() / torch.where(is_pulse, 1.0, sine)) - 0.5
+        return torch.where(sounds, pulses, 0.0)
+
+    def _spectrum(self, samples: torch.Tensor) -> torch.Tensor:
+        """[B, R * hop] to [B, R, bins]; a sinusoid of amplitude 1 has magnitude 1."""
+        half, batch = self._n_fft // 2, len(samples)
+        padded = F.pad(samples, (half, half))
+        windows = padded.as_strided(
+            (batch, samples.shape[1] // self._hop, self._n_fft), (padded.shape[1], self._hop, 1)
+        )
+        spectrum: torch.Tensor = torch.fft.rfft(windows * (self._window / (self._n_fft / 4)))
+        return spectrum
+
+    def _noise_phasors(self, keys: torch.Tensor) -> torch.Tensor:
+        bins = self._n_fft // 2 + 1
+        return self._phasors.unfold(0, bins, 1)[keys.remainder(_NUM_PHASES - bins + 1)]
+
+    def _samples(self, spectrum: torch.Tensor) -> torch.Tensor:
+        """Inverse STFT, centred: [B, R, bins] to [B, R * hop]; the last row stands for the one after it too."""
+        segments = torch.fft.irfft(torch.cat([spectrum, spectrum[:, -1:]], dim=1), self._n_fft) * self._window
+        hop, num_rows = self._hop, segments.shape[1]
+        num_pieces = self._n_fft // hop
+        pieces = segments.unflatten(2, (num_pieces, hop))
+        squares = (self._window**2).view(num_pieces, hop)
+        blocks = pieces.new_zeros(len(pieces), num_rows + num_pieces - 1, hop)
+        weight = pieces.new_zeros(num_rows + num_pieces - 1, hop)
+        for k in range(num_pieces):
+            blocks[:, k : k + num_rows] += pieces[:, :, k]
+            weight[k : k + num_rows] += squares[k]
+        begin = self._n_fft // 2
+        wanted = slice(begin, begin + (num_rows - 1) * hop)
+        samples: torch.Tensor = blocks.flatten(1)[:, wanted] / weight.flatten()[wanted]
+        return samples
+
+
+def _filter(
+    sample_rate_hz: int, n_fft: int, *, num_bands: int, warp: float, device: torch.device, dtype: torch.dtype
+) -> _Filter:
+    """A band's log-magnitude stands at its centre, and between two centres a bin's lies on the line between them."""
+    centres = band_centres_hz(sample_rate_hz, num_bands)
+    hz = (torch.arange(n_fft // 2 + 1, dtype=torch.float64) * (sample_rate_hz / n_fft) / warp).clamp(
+        float(centres[0]), float(centres[-1])
+    )
+    above = torch.searchsorted(centres, hz, right=True).clamp(1, num_bands - 1)
+    share = (hz - centres[above - 1]) / (centres[above] - centres[above - 1])
+    bins = torch.arange(len(hz))
+    magnitude = torch.zeros(len(hz), num_bands, dtype=torch.float64)
+    magnitude[bins, above - 1] = 1 - share
+    magnitude[bins, above] += share
+    # Of every band's own log-magnitudes: the cepstrum, its negative half folded onto the positive, and back.
+    cepstrum = torch.fft.irfft(magnitude, n_fft, dim=0)
+    fold = torch.zeros(n_fft, 1, dtype=torch.float64)
+    fold[0] = fold[n_fft // 2] = 1.0
+    fold[1 : n_fft // 2] = 2.0
+    phase = torch.fft.rfft(cepstrum * fold, dim=0).imag
+    return _Filter(magnitude.t().contiguous().to(device, dtype), phase.t().contiguous().to(device, dtype))
+
+
+def band_centres_hz(sample_rate_hz: int, num_bands: int) -> torch.Tensor:
+    """Centres of mel bands from 0 to half the rate, float64 [num_bands]; Slaney's scale."""
+    return torch.from_numpy(slaney_edges_hz(num_bands, fmin=0.0, fmax=sample_rate_hz / 2))[1:-1]
