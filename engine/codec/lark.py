@@ -72,6 +72,7 @@ class _Config:
     num_bands: int
     pitch_hidden_size: int
     log_magnitude_clip: float
+    unvoiced_gain: float  # added to the noise's log-magnitudes in rows that are not voiced
     left_context: int
     envelope_context: int  # frames before one that its envelopes need: fewer than its phase does
     right_context: int
@@ -513,6 +514,8 @@ class LarkCodec:
         rows = slice(_UPSAMPLING * (begin - heard), _UPSAMPLING * (end - heard))
         harmonic, noise = self._decoder(z, rows).float().chunk(2, dim=2)
         pitch_hz, voiced = self._pitch(vectors)
+        is_noise = ~voiced[:, _UPSAMPLING * begin : _UPSAMPLING * end, None]
+        noise = noise + self._config.unvoiced_gain * is_noise
         said = Rows(harmonic, noise, pitch_hz, voiced, noise_keys(codes))
         samples = self._source_filter(said, first=_UPSAMPLING * begin, last=_UPSAMPLING * end, timbre=timbre)
         return samples[:, (first - begin) * self._spec.hop : (last - begin) * self._spec.hop]

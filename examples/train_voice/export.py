@@ -76,7 +76,8 @@ def write_vectors(folder: Path) -> None:
     with torch.no_grad():
         said = codec.decoder(*codec.vectors(codes[None]))
         pitch_hz, voiced = PITCH_UNIT_HZ * said.log_pitch.exp(), said.voicing > 0
-        rows = Rows(said.harmonic, said.noise, pitch_hz, voiced, noise_keys(codes.t()[None]))
+        noise = said.noise + codec.shape.unvoiced_gain * ~voiced[..., None]
+        rows = Rows(said.harmonic, noise, pitch_hz, voiced, noise_keys(codes.t()[None]))
         audio = codec.source_filter()(rows, first=0, last=voiced.shape[1])[0]
     np.savez(
         folder / "codec" / "test_vector.npz", codes=codes.t().numpy().astype(np.int16), audio=audio.float().numpy()

@@ -80,8 +80,15 @@ def test_a_judge_learns_to_tell_two_sounds_apart() -> None:
 
 def test_speakers_beyond_those_asked_for_are_not_learned(tmp_path: Path) -> None:
     def spoken(speaker: int) -> Utterance:
-        durations = np.full(3, 0.2, np.float32)
-        return Utterance(speaker, np.array([1, 40, 3], np.uint8), durations, np.zeros(14_400, np.int16), held_out=False)
+        return Utterance(
+            speaker,
+            text_ids=np.array([1, 40, 3], np.uint8),
+            durations_s=np.full(3, 0.2, np.float32),
+            audio=np.zeros(14_400, np.int16),
+            bands=np.zeros((60, 160), np.float16),
+            pitch_hz=np.zeros(60, np.float32),
+            held_out=False,
+        )
 
     shard = write_shard(shard_path(tmp_path, 0), [spoken(speaker) for speaker in (0, 1, 2, 1)])
     write_codes(codes_path(tmp_path / "codes", shard), [np.zeros((15, 8), np.int16)] * 4)
