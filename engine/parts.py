@@ -504,8 +504,8 @@ def dac_parts(config: Mapping[str, Any]) -> CodecParts:
 def lark_codec_parts(config: Mapping[str, Any]) -> CodecParts:
     """The embedded voice's codec: eight ConvNeXt blocks over one, two and four rows a frame, a small network for the
     pitch, then a source and filters."""
-    width, kernel, bands, n_fft = (
-        _count(config, key) for key in ("hidden_size", "kernel_size", "num_bands", "synthesis_n_fft")
+    width, kernel, bands, n_fft, noise_n_fft = (
+        _count(config, key) for key in ("hidden_size", "kernel_size", "num_bands", "synthesis_n_fft", "noise_n_fft")
     )
     num_codebooks, dim, size = (_count(config, key) for key in ("num_codebooks", "codebook_dim", "codebook_size"))
     inner = _count(config, "convnext_mult") * width
@@ -514,11 +514,11 @@ def lark_codec_parts(config: Mapping[str, Any]) -> CodecParts:
     decoder = _dense(kernel * width, width) + 8 * block + 2 * upsample + 2 * width + _dense(width, 2 * bands)
     hidden = _count(config, "pitch_hidden_size")
     pitch = _dense(_LARK_PITCH_FRAMES * num_codebooks * dim, hidden) + _dense(hidden, hidden) + _dense(hidden, 8)
-    filters = 2 * bands * (n_fft // 2 + 1) * len(config["timbres"])
+    filters = 2 * bands * (n_fft // 2 + noise_n_fft // 2 + 2) * len(config["timbres"])
     # The codebooks' projections lie there twice: one by one, and side by side with their biases summed.
     projections = num_codebooks * _dense(dim, width) + _dense(num_codebooks * dim, width)
     # Of each of a frame's four rows: a block's before and after its gelu, or spectra and pulses on the way to samples.
-    row = max(2 * inner + 4 * width, 6 * n_fft + 16 * _count(config, "stft_hop"))
+    row = max(2 * inner + 4 * width, 6 * (n_fft + noise_n_fft) + 16 * _count(config, "stft_hop"))
     return CodecParts(
         name="lark codec",
         num_decoder=decoder,
@@ -528,6 +528,7 @@ def lark_codec_parts(config: Mapping[str, Any]) -> CodecParts:
         + 2 * (pitch + _LARK_PHASES)
         + filters
         + n_fft
+        + noise_n_fft
         + _count(config, "n_fft"),
         num_encoding=0,
         frame_elements=4 * row,

@@ -69,6 +69,7 @@ class _Config:
     mel_shift: float
     mel_scale: float
     synthesis_n_fft: int
+    noise_n_fft: int
     num_bands: int
     pitch_hidden_size: int
     log_magnitude_clip: float
@@ -101,11 +102,12 @@ def _read_config(path: Path) -> tuple[_Config, tuple[Timbre, ...]]:
             f"be positive, mel_fmin {config.mel_fmin} below mel_fmax {config.mel_fmax} and not negative: "
             f"this folder is not a lark codec's"
         )
-    if config.synthesis_n_fft < 2 * config.stft_hop or config.synthesis_n_fft % config.stft_hop:
-        raise ModelLoadError(
-            f"{path}: synthesis_n_fft is {config.synthesis_n_fft}, it must be a multiple of stft_hop "
-            f"({config.stft_hop}), two at least"
-        )
+    for name, length in (("synthesis_n_fft", config.synthesis_n_fft), ("noise_n_fft", config.noise_n_fft)):
+        if length < 2 * config.stft_hop or length % config.stft_hop or length > config.synthesis_n_fft:
+            raise ModelLoadError(
+                f"{path}: {name} is {length}, it must be a multiple of stft_hop ({config.stft_hop}), two at least, and "
+                "noise_n_fft no longer than synthesis_n_fft"
+            )
     if config.envelope_context > config.left_context or config.left_context < _PITCH_BACK + _NOISE_FRAMES:
         raise ModelLoadError(
             f"{path}: left_context is {config.left_context}, it must be at least envelope_context "
@@ -468,6 +470,7 @@ class LarkCodec:
         source_filter = SourceFilter(
             sample_rate_hz=config.sampling_rate,
             n_fft=config.synthesis_n_fft,
+            noise_n_fft=config.noise_n_fft,
             hop=config.stft_hop,
             num_bands=config.num_bands,
             timbres=timbres,

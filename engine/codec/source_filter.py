@@ -6,7 +6,8 @@ log-magnitudes (Oppenheim and Schafer, Discrete-Time Signal Processing, section 
 causal half), and the noise has random phases of constant magnitude. So a network need not learn phases, and cannot get
 them wrong. Warping the envelopes' frequency axis and scaling the pitch gives other voices.
 
-The pulses' phase is a sum over time. It begins anew wherever a voiced stretch begins, so that a window needs no more
+The noise has a shorter window than the pulses: harmonics must be told apart, bursts must not be smeared. The pulses'
+phase is a sum over time. It begins anew wherever a voiced stretch begins, so that a window needs no more
 of the past than the stretch that it begins in. Owns the arithmetic; differentiable in the envelopes.
 """
 
@@ -68,7 +69,7 @@ class _Filter:
 class SourceFilter:
     """Makes samples of rows.
 
-    n_fft must be a multiple of hop and no shorter than two.
+    n_fft, noise_n_fft: windows of pulses and of noise, multiples of hop and no shorter than two.
     """
 
     def __init__(
@@ -76,6 +77,7 @@ class SourceFilter:
         *,
         sample_rate_hz: int,
         n_fft: int,
+        noise_n_fft: int,
         hop: int,
         num_bands: int,
         timbres: Sequence[Timbre],
@@ -85,10 +87,15 @@ class SourceFilter:
     ) -> None:
         self._rate, self._n_fft, self._hop, self._clip = sample_rate_hz, n_fft, hop, log_magnitude_clip
         self._timbres = tuple(timbres)
-        self._window = torch.hann_window(n_fft, dtype=torch.float64).to(device, dtype)
-        self._filters = tuple(
-            _filter(sample_rate_hz, n_fft, num_bands=num_bands, warp=timbre.warp, device=device, dtype=dtype)
-            for timbre in self._timbres
+        self._window, self._noise_window = (
+            torch.hann_window(length, dtype=torch.float64).to(device, dtype) for length in (n_fft, noise_n_fft)
+        )
+        self._filters, self._noise_filters = (
+            tuple(
+                _filter(sample_rate_hz, length, num_bands=num_bands, warp=timbre.warp, device=device, dtype=dtype)
+                for timbre in self._timbres
+            )
+            for length in (n_fft, noise_n_fft)
         )
         draw = torch.Generator().manual_seed(_PHASE_SEED)
         phases = 2 * math.pi * torch.rand(_NUM_PHASES, generator=draw, dtype=torch.float64)
@@ -106,9 +113,11 @@ class SourceFilter:
         magnitude = (rows.harmonic @ filter_.magnitude).clamp(max=self._clip).exp()
         phase = rows.harmonic.clamp(min=_PHASE_FLOOR) @ filter_.phase
         spectrum = self._spectrum(pulses.to(magnitude.dtype)) * torch.polar(magnitude, phase)
-        noise = (rows.noise @ filter_.magnitude).clamp(max=self._clip).exp()
-        spectrum = spectrum + self._noise_phasors(rows.noise_keys[:, first:last]) * noise
-        return voice.gain * self._samples(spectrum)
+        # A shorter window holds as much less of the same noise.
+        share = len(self._noise_window) / self._n_fft
+        noise = share * (rows.noise @ self._noise_filters[timbre].magnitude).clamp(max=self._clip).exp()
+        noise_spectrum = self._noise_phasors(rows.noise_keys[:, first:last], bins=noise.shape[2]) * noise
+        return voice.gain * (self._samples(spectrum, self._window) + self._samples(noise_spectrum, self._noise_window))
 
     def _pulses(self, pitch_hz: torch.Tensor, voiced: torch.Tensor) -> torch.Tensor:
         """Every harmonic of the pitch with the same amplitude, zero where nothing is voiced: float32 [B, R * hop].
@@ -146,23 +155,22 @@ class SourceFilter:
         spectrum: torch.Tensor = torch.fft.rfft(windows * (self._window / (self._n_fft / 4)))
         return spectrum
 
-    def _noise_phasors(self, keys: torch.Tensor) -> torch.Tensor:
-        bins = self._n_fft // 2 + 1
+    def _noise_phasors(self, keys: torch.Tensor, *, bins: int) -> torch.Tensor:
         return self._phasors.unfold(0, bins, 1)[keys.remainder(_NUM_PHASES - bins + 1)]
 
-    def _samples(self, spectrum: torch.Tensor) -> torch.Tensor:
+    def _samples(self, spectrum: torch.Tensor, window: torch.Tensor) -> torch.Tensor:
         """Inverse STFT, centred: [B, R, bins] to [B, R * hop]; the last row stands for the one after it too."""
-        segments = torch.fft.irfft(torch.cat([spectrum, spectrum[:, -1:]], dim=1), self._n_fft) * self._window
-        hop, num_rows = self._hop, segments.shape[1]
-        num_pieces = self._n_fft // hop
+        n_fft, hop = len(window), self._hop
+        segments = torch.fft.irfft(torch.cat([spectrum, spectrum[:, -1:]], dim=1), n_fft) * window
+        num_rows, num_pieces = segments.shape[1], n_fft // hop
         pieces = segments.unflatten(2, (num_pieces, hop))
-        squares = (self._window**2).view(num_pieces, hop)
+        squares = (window**2).view(num_pieces, hop)
         blocks = pieces.new_zeros(len(pieces), num_rows + num_pieces - 1, hop)
         weight = pieces.new_zeros(num_rows + num_pieces - 1, hop)
         for k in range(num_pieces):
             blocks[:, k : k + num_rows] += pieces[:, :, k]
             weight[k : k + num_rows] += squares[k]
-        begin = self._n_fft // 2
+        begin = n_fft // 2
         wanted = slice(begin, begin + (num_rows - 1) * hop)
         samples: torch.Tensor = blocks.flatten(1)[:, wanted] / weight.flatten()[wanted]
         return samples

@@ -50,6 +50,7 @@ class CodecShape:
     mel_shift: float = 5.0
     mel_scale: float = 3.0
     synthesis_n_fft: int = 1200
+    noise_n_fft: int = 480
     num_bands: int = 80
     pitch_hidden_size: int = 256
     log_magnitude_clip: float = 7.0
@@ -325,6 +326,7 @@ class Codec(nn.Module):
         return SourceFilter(
             sample_rate_hz=shape.sampling_rate,
             n_fft=shape.synthesis_n_fft,
+            noise_n_fft=shape.noise_n_fft,
             hop=shape.stft_hop,
             num_bands=shape.num_bands,
             timbres=shape.timbres,

@@ -73,8 +73,8 @@ def test_every_window_with_its_context_equals_the_whole(
         window = codec.decode(codes[:, :, first:last])[0, skip * spec.hop : (skip + size) * spec.hop]
         trimmed = codec.decode(codes[:, :, first:last], first=skip, last=skip + size)[0]
         expected = whole[begin * spec.hop : (begin + size) * spec.hop]
-        torch.testing.assert_close(window, expected, rtol=0.0, atol=1e-4)
-        torch.testing.assert_close(trimmed, expected, rtol=0.0, atol=1e-4)
+        torch.testing.assert_close(window, expected, rtol=0.0, atol=5e-6)
+        torch.testing.assert_close(trimmed, expected, rtol=0.0, atol=5e-6)
 
 
 def test_the_frames_before_give_the_phase_and_four_after_are_all_it_hears(
@@ -276,6 +276,8 @@ def test_every_config_key_is_needed_and_named_when_missing_or_wrong(tmp_path: Pa
         {"mel_log_floor": 0},
         {"synthesis_n_fft": 1201},
         {"synthesis_n_fft": 240},
+        {"noise_n_fft": 481},
+        {"noise_n_fft": 1440},
         {"left_context": 9},
         {"envelope_context": 33},
         {"timbres": []},
