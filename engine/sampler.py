@@ -149,7 +149,7 @@ def _draw_at_random(state: Candidates, inputs: DrawInputs) -> torch.Tensor:
     """
     values = state.values
     device, (num_sequences, num_codebooks, width) = values.device, values.shape
-    place = _places_from(values, values.new_full((), torch.finfo(values.dtype).min))
+    place = _places_left(values > -math.inf)
     draw_of = place // width
     ids = place % width if state.ids is None else state.ids.flatten()[place]
     seeds = torch.tensor([p.seed for p in inputs.params], device=device)
@@ -312,15 +312,12 @@ def _keep_min_p(values: torch.Tensor, min_ps: list[float]) -> torch.Tensor:
     if not any(min_ps):
         return values
     margin = _column([math.log(p) if p else -math.inf for p in min_ps], values)
-    place = _places_from(values, values.amax(-1, keepdim=True) + margin)
-    kept = torch.full_like(values, -math.inf)
-    kept.view(-1)[place] = values.flatten()[place]
-    return kept
+    return torch.where(values < values.amax(-1, keepdim=True) + margin, -math.inf, values)
 
 
-def _places_from(values: torch.Tensor, bound: torch.Tensor) -> torch.Tensor:
-    """Where in `values`, flattened, the bound is reached: int64, ascending. NaN reaches no bound."""
-    if values.device.type != "cpu":
-        return torch.nonzero((values >= bound).flatten()).flatten()
-    # numpy compares and searches four times as fast.
-    return torch.from_numpy(np.flatnonzero(values.numpy() >= bound.numpy()))
+def _places_left(is_left: torch.Tensor) -> torch.Tensor:
+    """Where a bool tensor, flattened, is true: int64, ascending."""
+    if is_left.device.type != "cpu":
+        return torch.nonzero(is_left.flatten()).flatten()
+    # numpy searches several times as fast.
+    return torch.from_numpy(np.flatnonzero(is_left.numpy()))

@@ -153,14 +153,15 @@ def judge(runs: Sequence[Run], *, calm: Run, flood: Run, objective: Objective) -
     num_dry = sum(
         o.error is None and underruns(o.listener.arrivals, buffer_s=objective.buffer_s).count > 0 for o in calm.outcomes
     )
+    num_unserved = low.num_requests - low.num_whole
     num_lost = high.num_requests - high.num_whole - high.num_refused
     most = max(run.summary.goodput_audio_s_per_s for run in runs)
     share = high.goodput_audio_s_per_s / most
     at_low, at_high = f"at {100 * CALM:g} % ({calm.label})", f"at {100 * FLOOD:g} % ({flood.label})"
     return [
         Claim(
-            f"{at_low} no player with {1000 * objective.buffer_s:g} ms of buffer runs dry",
-            f"{num_dry} of {low.num_whole}",
+            f"{at_low} all are served, and no player with {1000 * objective.buffer_s:g} ms of buffer runs dry",
+            f"{num_dry} of {low.num_whole} ran dry, {num_unserved} of {low.num_requests} not served",
             num_dry == 0 and low.num_whole == low.num_requests,
         ),
         Claim(

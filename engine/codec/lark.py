@@ -38,8 +38,8 @@ _UPSAMPLING = 4  # two stages of two
 _RESAMPLE_KERNEL = 4
 _NORM_EPS = 1e-5
 # Frames before and after one whose codes its pitch is read from.
-_PITCH_BACK, _PITCH_AHEAD = 7, 2
-_PITCH_UNIT_HZ = 100.0  # the pitch network says the logarithm of a multiple of it
+PITCH_BACK, PITCH_AHEAD = 7, 2
+PITCH_UNIT_HZ = 100.0  # the pitch network says the logarithm of a multiple of it
 # The noise of a frame is drawn by its codes and those before it: any window that holds it draws the same.
 _NOISE_FRAMES = 3
 _MIX = 6364136223846793005  # Knuth's multiplier for 64 bits
@@ -73,7 +73,8 @@ class _Config:
     num_bands: int
     pitch_hidden_size: int
     log_magnitude_clip: float
-    unvoiced_gain: float  # added to the noise's log-magnitudes in rows that are not voiced
+    contrast: float
+    unvoiced_gain: float
     left_context: int
     envelope_context: int  # frames before one that its envelopes need: fewer than its phase does
     right_context: int
@@ -108,10 +109,10 @@ def _read_config(path: Path) -> tuple[_Config, tuple[Timbre, ...]]:
                 f"{path}: {name} is {length}, it must be a multiple of stft_hop ({config.stft_hop}), two at least, and "
                 "noise_n_fft no longer than synthesis_n_fft"
             )
-    if config.envelope_context > config.left_context or config.left_context < _PITCH_BACK + _NOISE_FRAMES:
+    if config.envelope_context > config.left_context or config.left_context < PITCH_BACK + _NOISE_FRAMES:
         raise ModelLoadError(
             f"{path}: left_context is {config.left_context}, it must be at least envelope_context "
-            f"({config.envelope_context}) and {_PITCH_BACK + _NOISE_FRAMES}"
+            f"({config.envelope_context}) and {PITCH_BACK + _NOISE_FRAMES}"
         )
     return config, _read_timbres(raw, path)
 
@@ -320,11 +321,11 @@ class _Pitch:
 
     def __call__(self, vectors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The codebooks' rows of each frame [B, T, Q * dim] to Hz, float64 [B, 4T], and whether there is any pitch."""
-        padded = F.pad(vectors.double(), (0, 0, _PITCH_BACK, _PITCH_AHEAD))
-        x = padded.unfold(1, _PITCH_BACK + 1 + _PITCH_AHEAD, 1).flatten(2)
+        padded = F.pad(vectors.double(), (0, 0, PITCH_BACK, PITCH_AHEAD))
+        x = padded.unfold(1, PITCH_BACK + 1 + PITCH_AHEAD, 1).flatten(2)
         first, second, out = self.layers
         y = out(F.gelu(second(F.gelu(first(x))))).view(len(vectors), -1, 2)
-        return _PITCH_UNIT_HZ * y[..., 0].clamp(-4.0, 4.0).exp(), y[..., 1] > 0.0
+        return PITCH_UNIT_HZ * y[..., 0].clamp(-4.0, 4.0).exp(), y[..., 1] > 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -367,7 +368,7 @@ def _load_decoder(weights: _Weights, config: _Config, dtype: torch.dtype) -> _De
 
 
 def _load_pitch(weights: _Weights, config: _Config) -> _Pitch:
-    heard = (_PITCH_BACK + 1 + _PITCH_AHEAD) * config.num_codebooks * config.codebook_dim
+    heard = (PITCH_BACK + 1 + PITCH_AHEAD) * config.num_codebooks * config.codebook_dim
     hidden = config.pitch_hidden_size
     sizes = ((heard, hidden), (hidden, hidden), (hidden, 2 * _UPSAMPLING))
     first, second, out = (
@@ -474,6 +475,8 @@ class LarkCodec:
             hop=config.stft_hop,
             num_bands=config.num_bands,
             timbres=timbres,
+            contrast=config.contrast,
+            unvoiced_gain=config.unvoiced_gain,
             log_magnitude_clip=config.log_magnitude_clip,
             device=device,
         )
@@ -517,10 +520,10 @@ class LarkCodec:
         rows = slice(_UPSAMPLING * (begin - heard), _UPSAMPLING * (end - heard))
         harmonic, noise = self._decoder(z, rows).float().chunk(2, dim=2)
         pitch_hz, voiced = self._pitch(vectors)
-        is_noise = ~voiced[:, _UPSAMPLING * begin : _UPSAMPLING * end, None]
-        noise = noise + self._config.unvoiced_gain * is_noise
-        said = Rows(harmonic, noise, pitch_hz, voiced, noise_keys(codes))
-        samples = self._source_filter(said, first=_UPSAMPLING * begin, last=_UPSAMPLING * end, timbre=timbre)
+        before = max(0, begin + 1 - _NOISE_FRAMES)
+        keys = noise_keys(codes[:, :, before:end])[:, _UPSAMPLING * (begin - before) :]
+        said = Rows(harmonic, noise, keys, pitch_hz, voiced)
+        samples = self._source_filter(said, first=_UPSAMPLING * begin, timbre=timbre)
         return samples[:, (first - begin) * self._spec.hop : (last - begin) * self._spec.hop]
 
     @torch.inference_mode()
@@ -556,12 +559,11 @@ class LarkCodec:
 
 def noise_keys(codes: torch.Tensor) -> torch.Tensor:
     """Codes int64 [B, Q, T] to a number for every row, int64 [B, 4T]; a hash, which wraps around."""
-    batch, num_codebooks, num_frames = codes.shape
-    padded = F.pad(codes, (_NOISE_FRAMES - 1, 0)) + 1
-    key = torch.zeros(batch, num_frames, dtype=torch.int64, device=codes.device)
-    for frame in range(_NOISE_FRAMES):
-        for k in range(num_codebooks):
-            key = (key ^ padded[:, k, frame : frame + num_frames]) * _MIX + 1
-    rows = key[:, :, None] + torch.arange(_UPSAMPLING, device=codes.device)
+    num_codebooks = codes.shape[1]
+    powers = [pow(_MIX, 2 + i, 1 << 64) for i in range(num_codebooks * _NOISE_FRAMES)]
+    weights = torch.tensor([power - (power >> 63 << 64) for power in powers], device=codes.device)
+    frames = (F.pad(codes, (_NOISE_FRAMES - 1, 0)) + 1).unfold(2, _NOISE_FRAMES, 1)  # [B, Q, T, 3]
+    keys = (frames * weights.view(num_codebooks, 1, _NOISE_FRAMES)).sum((1, 3))
+    rows = keys[:, :, None] + torch.arange(_UPSAMPLING, device=codes.device)
     # The low bits of such products are poor.
     return ((rows * _MIX) >> 33).flatten(1)

@@ -7,8 +7,8 @@ causal half), and the noise has random phases of constant magnitude. So a networ
 them wrong. Warping the envelopes' frequency axis and scaling the pitch gives other voices.
 
 The noise has a shorter window than the pulses: harmonics must be told apart, bursts must not be smeared. The pulses'
-phase is a sum over time. It begins anew wherever a voiced stretch begins, so that a window needs no more
-of the past than the stretch that it begins in. Owns the arithmetic; differentiable in the envelopes.
+phase is a sum over time. It begins anew wherever a voiced stretch begins, so that a window needs no more of the past
+than the stretch that it begins in. Owns the arithmetic; differentiable in the envelopes.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ _TOP_HARMONIC_HZ = 11_000.0
 _PHASE_FLOOR = -6.0
 _NEAR_PULSE = 2e-3
 _LOW_HZ, _HIGH_HZ = 30.0, 1000.0  # what a pitch may be
+_SMOOTH_BANDS = 15  # what a band is contrasted with: the mean of so many around it
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,16 +47,16 @@ class Timbre:
 class Rows:
     """What is said, a row each hop.
 
-    harmonic, noise: natural log-magnitudes in mel bands, [B, R, bands]; of a sinusoid's STFT divided by n_fft / 4, and
-    of the noise's STFT. pitch_hz: float64 [B, R]. voiced: bool [B, R]. noise_keys: int64 [B, R], any numbers; equal
-    keys give equal noise.
+    harmonic, noise: natural log-magnitudes in mel bands, [B, N, bands]; of a sinusoid's STFT divided by n_fft / 4, and
+    of the noise's STFT. noise_keys: int64 [B, N], any numbers; equal keys give equal noise. These are of the N rows
+    that are to be heard alone; pitch_hz, float64 [B, R], and voiced, bool [B, R], of all R rows that are known.
     """
 
     harmonic: torch.Tensor
     noise: torch.Tensor
+    noise_keys: torch.Tensor
     pitch_hz: torch.Tensor
     voiced: torch.Tensor
-    noise_keys: torch.Tensor
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -69,7 +70,10 @@ class _Filter:
 class SourceFilter:
     """Makes samples of rows.
 
-    n_fft, noise_n_fft: windows of pulses and of noise, multiples of hop and no shorter than two.
+    n_fft, noise_n_fft: windows of pulses and of noise, multiples of hop and no shorter than two. Who learns to come
+    near on average says less of formants than there is, and less of a noise that comes and goes. contrast: how much
+    what the envelopes do from band to band is stretched (the global variance of Toda and Tokuda, 2007, as one factor);
+    unvoiced_gain: what is added to the noise's log-magnitudes where nothing is voiced.
     """
 
     def __init__(
@@ -81,18 +85,21 @@ class SourceFilter:
         hop: int,
         num_bands: int,
         timbres: Sequence[Timbre],
+        contrast: float,
+        unvoiced_gain: float,
         log_magnitude_clip: float,
         device: torch.device,
         dtype: torch.dtype = torch.float32,
     ) -> None:
         self._rate, self._n_fft, self._hop, self._clip = sample_rate_hz, n_fft, hop, log_magnitude_clip
-        self._timbres = tuple(timbres)
+        self._timbres, self._unvoiced_gain = tuple(timbres), unvoiced_gain
+        stretch = _stretch(num_bands, contrast)
         self._window, self._noise_window = (
             torch.hann_window(length, dtype=torch.float64).to(device, dtype) for length in (n_fft, noise_n_fft)
         )
         self._filters, self._noise_filters = (
             tuple(
-                _filter(sample_rate_hz, length, num_bands=num_bands, warp=timbre.warp, device=device, dtype=dtype)
+                _filter(sample_rate_hz, length, stretch, warp=timbre.warp, device=device, dtype=dtype)
                 for timbre in self._timbres
             )
             for length in (n_fft, noise_n_fft)
@@ -101,49 +108,65 @@ class SourceFilter:
         phases = 2 * math.pi * torch.rand(_NUM_PHASES, generator=draw, dtype=torch.float64)
         self._phasors = torch.polar(torch.ones_like(phases), phases).to(device, dtype.to_complex())
 
-    def __call__(self, rows: Rows, *, first: int, last: int, timbre: int = 0) -> torch.Tensor:
-        """The samples of rows `first` .. `last` (exclusive), [B, (last - first) * hop].
+    def __call__(self, rows: Rows, *, first: int = 0, timbre: int = 0) -> torch.Tensor:
+        """The samples of rows `first` .. `first + N` of those that are known, [B, N * hop].
 
-        rows: harmonic and noise of these rows alone, the rest of all rows that are known: the phase is summed from the
-        first on. Each end of the stretch is taken for the end of all there is; samples more than n_fft / hop rows from
-        it do not know the difference.
+        Each end of the stretch is taken for the end of all there is; samples more than n_fft / hop rows from it do not
+        know the difference.
         """
         voice, filter_ = self._timbres[timbre], self._filters[timbre]
-        pulses = self._pulses(rows.pitch_hz * voice.pitch, rows.voiced)[:, first * self._hop : last * self._hop]
+        last = first + rows.harmonic.shape[1]
+        pulses = self._pulses(rows.pitch_hz * voice.pitch, rows.voiced, first=first, last=last)
         magnitude = (rows.harmonic @ filter_.magnitude).clamp(max=self._clip).exp()
         phase = rows.harmonic.clamp(min=_PHASE_FLOOR) @ filter_.phase
-        spectrum = self._spectrum(pulses.to(magnitude.dtype)) * torch.polar(magnitude, phase)
+        response = torch.complex(magnitude * phase.cos(), magnitude * phase.sin())
+        spectrum = self._spectrum(pulses.to(magnitude.dtype)) * response
         # A shorter window holds as much less of the same noise.
         share = len(self._noise_window) / self._n_fft
-        noise = share * (rows.noise @ self._noise_filters[timbre].magnitude).clamp(max=self._clip).exp()
-        noise_spectrum = self._noise_phasors(rows.noise_keys[:, first:last], bins=noise.shape[2]) * noise
+        noise = rows.noise + self._unvoiced_gain * ~rows.voiced[:, first:last, None]
+        noise_magnitude = share * (noise @ self._noise_filters[timbre].magnitude).clamp(max=self._clip).exp()
+        noise_spectrum = self._noise_phasors(rows.noise_keys, bins=noise_magnitude.shape[2]) * noise_magnitude
         return voice.gain * (self._samples(spectrum, self._window) + self._samples(noise_spectrum, self._noise_window))
 
-    def _pulses(self, pitch_hz: torch.Tensor, voiced: torch.Tensor) -> torch.Tensor:
-        """Every harmonic of the pitch with the same amplitude, zero where nothing is voiced: float32 [B, R * hop].
+    def _pulses(self, pitch_hz: torch.Tensor, voiced: torch.Tensor, *, first: int, last: int) -> torch.Tensor:
+        """Every harmonic of the pitch with the same amplitude, zero where nothing is voiced: rows first .. last of
+        those known, float32 [B, (last - first) * hop].
 
         The sum of H cosines in closed form; its phase in float64, since a hundredth of a period of the highest harmonic
-        is a tenthousandth of the lowest's.
+        is a tenthousandth of the lowest's. Between two rows the pitch lies on a line, so that what a row adds to the
+        phase has a closed form too, and only the samples wanted are computed one by one.
         """
-        batch, hop = pitch_hz.shape[0], self._hop
+        hop, dtype, device = self._hop, pitch_hz.dtype, pitch_hz.device
         pitch_hz = pitch_hz.clamp(_LOW_HZ, _HIGH_HZ)
-        after = torch.cat([pitch_hz[:, 1:], pitch_hz[:, -1:]], dim=1)
-        share = torch.arange(hop, device=pitch_hz.device, dtype=pitch_hz.dtype) / hop
-        hz = (pitch_hz[:, :, None] * (1 - share) + after[:, :, None] * share).flatten(1)
-        # A sample belongs to the row nearest to it.
-        next_voiced = torch.cat([voiced[:, 1:], voiced[:, -1:]], dim=1)
-        sounds = torch.where(share < 0.5, voiced[:, :, None], next_voiced[:, :, None]).flatten(1)
-        periods = (hz / self._rate).cumsum(1)
-        begins = sounds & ~F.pad(sounds, (1, 0))[:, :-1]
-        index = torch.arange(hz.shape[1], device=hz.device).expand(batch, -1)
-        origin = torch.where(begins, index, 0).cummax(1).values
+        slope = (_next(pitch_hz) - pitch_hz) / hop
+        # Periods, times the rate: when a row begins.
+        begin = F.pad((pitch_hz * hop + slope * (hop * (hop - 1) / 2)).cumsum(1), (1, 0))[:, :-1]
+        # A sample belongs to the row nearest to it, so a voiced stretch begins in the middle of the row before its own.
+        middle = (hop + 1) // 2
+        at_middle = begin + pitch_hz * (middle + 1) + slope * (middle * (middle + 1) / 2)
+        origin = torch.cat([pitch_hz[:, :1], at_middle[:, :-1]], dim=1)
+        begins = voiced & ~F.pad(voiced, (1, 0))[:, :-1]
+        row = torch.arange(voiced.shape[1], device=device).expand_as(voiced)
+        origin = origin.gather(1, torch.where(begins, row, 0).cummax(1).values)
+
+        wanted = slice(first, last)
+        sample = torch.arange(hop, device=device)
+        is_late = sample >= middle
+
+        def of_nearest(values: torch.Tensor) -> torch.Tensor:
+            return torch.where(is_late, _next(values)[:, wanted, None], values[:, wanted, None])
+
+        steps = (sample + 1).to(dtype)
+        passed = pitch_hz[:, wanted, None] * steps + slope[:, wanted, None] * (steps * (steps - 1) / 2)
+        periods = (begin[:, wanted, None] + passed - of_nearest(origin)) / self._rate
         # Half a period before the first pulse: where the sum of cosines is small.
-        phase = (periods - periods.gather(1, origin) + 0.5).frac().mul(2 * math.pi).float()
+        phase = (periods + 0.5).frac().mul(2 * math.pi).float()
+        hz = pitch_hz[:, wanted, None] + slope[:, wanted, None] * sample
         harmonics = (_TOP_HARMONIC_HZ / hz).floor().float() + 0.5
         sine = 2 * (phase / 2).sin()
         is_pulse = sine.abs() <= _NEAR_PULSE
         pulses = torch.where(is_pulse, harmonics, (harmonics * phase).sin() / torch.where(is_pulse, 1.0, sine)) - 0.5
-        return torch.where(sounds, pulses, 0.0)
+        return torch.where(of_nearest(voiced), pulses, 0.0).flatten(1)
 
     def _spectrum(self, samples: torch.Tensor) -> torch.Tensor:
         """[B, R * hop] to [B, R, bins]; a sinusoid of amplitude 1 has magnitude 1."""
@@ -176,11 +199,25 @@ class SourceFilter:
         return samples
 
 
+def _next(values: torch.Tensor) -> torch.Tensor:
+    """Of every row [B, R] the one after it, of the last itself."""
+    return torch.cat([values[:, 1:], values[:, -1:]], dim=1)
+
+
+def _stretch(num_bands: int, contrast: float) -> torch.Tensor:
+    """float64 [bands, bands]: takes each band `contrast` times as far from the mean of those around it."""
+    reach = _SMOOTH_BANDS // 2
+    eye = torch.eye(num_bands, dtype=torch.float64)
+    means = F.pad(eye[None], (reach, reach), mode="replicate")[0].unfold(1, _SMOOTH_BANDS, 1).mean(2)
+    return contrast * eye + (1 - contrast) * means
+
+
 def _filter(
-    sample_rate_hz: int, n_fft: int, *, num_bands: int, warp: float, device: torch.device, dtype: torch.dtype
+    sample_rate_hz: int, n_fft: int, stretch: torch.Tensor, *, warp: float, device: torch.device, dtype: torch.dtype
 ) -> _Filter:
     """A band's log-magnitude stands at its centre, and between two centres a bin's lies on the line between them."""
-    centres = band_centres_hz(sample_rate_hz, num_bands)
+    num_bands = len(stretch)
+    centres = torch.from_numpy(slaney_edges_hz(num_bands, fmin=0.0, fmax=sample_rate_hz / 2))[1:-1]
     hz = (torch.arange(n_fft // 2 + 1, dtype=torch.float64) * (sample_rate_hz / n_fft) / warp).clamp(
         float(centres[0]), float(centres[-1])
     )
@@ -190,6 +227,7 @@ def _filter(
     magnitude = torch.zeros(len(hz), num_bands, dtype=torch.float64)
     magnitude[bins, above - 1] = 1 - share
     magnitude[bins, above] += share
+    magnitude = magnitude @ stretch.t()
     # Of every band's own log-magnitudes: the cepstrum, its negative half folded onto the positive, and back.
     cepstrum = torch.fft.irfft(magnitude, n_fft, dim=0)
     fold = torch.zeros(n_fft, 1, dtype=torch.float64)
@@ -197,8 +235,3 @@ def _filter(
     fold[1 : n_fft // 2] = 2.0
     phase = torch.fft.rfft(cepstrum * fold, dim=0).imag
     return _Filter(magnitude.t().contiguous().to(device, dtype), phase.t().contiguous().to(device, dtype))
-
-
-def band_centres_hz(sample_rate_hz: int, num_bands: int) -> torch.Tensor:
-    """Centres of mel bands from 0 to half the rate, float64 [num_bands]; Slaney's scale."""
-    return torch.from_numpy(slaney_edges_hz(num_bands, fmin=0.0, fmax=sample_rate_hz / 2))[1:-1]

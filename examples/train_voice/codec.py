@@ -17,13 +17,11 @@ from safetensors.torch import load_file, save_file
 from teacher import SPEAKERS
 from torch import nn
 
+from declaim.engine.codec.lark import PITCH_AHEAD, PITCH_BACK
 from declaim.engine.codec.mel import slaney_mel_filters
 from declaim.engine.codec.source_filter import SourceFilter, Timbre
 
 KERNEL = 7
-PITCH_BACK, PITCH_AHEAD = 7, 2
-PITCH_UNIT_HZ = 100.0
-SMOOTH_BANDS = 15
 RESAMPLE_KERNEL = 4
 
 
@@ -54,7 +52,8 @@ class CodecShape:
     num_bands: int = 80
     pitch_hidden_size: int = 256
     log_magnitude_clip: float = 7.0
-    unvoiced_gain: float = 0.35  # of noise where nothing is voiced: of what comes and goes an average says too little
+    contrast: float = 1.2  # this and the next: chosen by DNSMOS and by what a recogniser heard, benchmarks/LOG.md
+    unvoiced_gain: float = 0.35
     left_context: int = 32
     envelope_context: int = 17
     right_context: int = 4
@@ -175,7 +174,6 @@ class Decoder(nn.Module):
     def __init__(self, shape: CodecShape) -> None:
         super().__init__()
         width, mult = shape.hidden_size, shape.convnext_mult
-        self.shape = shape
         self.conv_in = Conv(width, width, kernel=KERNEL)
         self.stage1 = _stage(2, width, mult)
         self.up1 = Upsample(width)
@@ -204,22 +202,6 @@ class Decoder(nn.Module):
         yield self.conv_in.weight, (slice(None), slice(None), ahead)
         for block in (*self.stage1, *self.stage2, self.stage3[0]):
             yield block.depthwise.weight, (slice(None), slice(None), ahead)
-
-    @torch.no_grad()
-    def sharpen(self, factor: float) -> None:
-        """Stretch what the envelopes do from band to band: once, when training is done.
-
-        Whoever learns to come near on average says less of formants than there is. Source: the global variance of Toda
-        and Tokuda, 2007; here one factor, folded into the last layer. What is stretched is the distance of a band to
-        the mean of the 15 around it.
-        """
-        bands, reach = self.shape.num_bands, SMOOTH_BANDS // 2
-        spread = torch.eye(bands)
-        rows = F.pad(spread[None], (reach, reach), mode="replicate")[0].unfold(1, SMOOTH_BANDS, 1).mean(2).t()
-        stretched = (factor * spread + (1 - factor) * rows).to(self.head.weight)
-        for half in (slice(0, bands), slice(bands, 2 * bands)):
-            self.head.weight[half] = stretched @ self.head.weight[half]
-            self.head.bias[half] = stretched @ self.head.bias[half]
 
     @torch.no_grad()
     def clear_future(self) -> None:
@@ -330,6 +312,8 @@ class Codec(nn.Module):
             hop=shape.stft_hop,
             num_bands=shape.num_bands,
             timbres=shape.timbres,
+            contrast=shape.contrast,
+            unvoiced_gain=shape.unvoiced_gain,
             log_magnitude_clip=shape.log_magnitude_clip,
             device=parameter.device,
             dtype=parameter.dtype,

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from codec import PITCH_UNIT_HZ, Codec
+from codec import Codec
 from corpus import WEAK_WORDS
 
 from declaim.engine import Engine, EngineConfig, SamplingParams, SpeechRequest
-from declaim.engine.codec.lark import noise_keys
+from declaim.engine.codec.lark import PITCH_UNIT_HZ, noise_keys
 from declaim.engine.codec.source_filter import Rows
 from declaim.engine.loader import EMBEDDED_FOLDER
 from declaim.engine.models.base import PromptSettings
@@ -45,8 +45,8 @@ def export(work: Path, target: Path) -> None:
 def write_vectors(folder: Path) -> None:
     """The test vectors of an exported folder: what its weights must give, for tests/engine to hold the engine to.
 
-    codec: the sentence's codes, repeated -> audio, in float64 of the float16 weights. model: a sentence's bytes,
-    durations and greedy codes in float32.
+    codec: the sentence's codes, repeated -> audio -> its codes, in float64 of the float16 weights. model: a sentence's
+    bytes, durations and greedy codes in float32.
     """
     codec = Codec.load(folder / "codec").double()
     with Engine.from_pretrained(str(folder), config=EngineConfig(device="cpu", dtype="float32")) as engine:
@@ -76,11 +76,14 @@ def write_vectors(folder: Path) -> None:
     with torch.no_grad():
         said = codec.decoder(*codec.vectors(codes[None]))
         pitch_hz, voiced = PITCH_UNIT_HZ * said.log_pitch.exp(), said.voicing > 0
-        noise = said.noise + codec.shape.unvoiced_gain * ~voiced[..., None]
-        rows = Rows(said.harmonic, noise, pitch_hz, voiced, noise_keys(codes.t()[None]))
-        audio = codec.source_filter()(rows, first=0, last=voiced.shape[1])[0]
+        rows = Rows(said.harmonic, said.noise, noise_keys(codes.t()[None]), pitch_hz, voiced)
+        audio = codec.source_filter()(rows)[0].float()
+        encoded = codec.quantize(codec.encoder(codec.log_mel(audio.double()[None]))).codes[0]
     np.savez(
-        folder / "codec" / "test_vector.npz", codes=codes.t().numpy().astype(np.int16), audio=audio.float().numpy()
+        folder / "codec" / "test_vector.npz",
+        codes=codes.t().numpy().astype(np.int16),
+        audio=audio.numpy(),
+        encoded=encoded.t().numpy().astype(np.int16),
     )
 
 

@@ -16,11 +16,12 @@ from pathlib import Path
 import numpy as np
 import torch
 from checkpoints import Run
-from codec import PITCH_UNIT_HZ, Codec, CodecShape, Said, k_means
+from codec import Codec, CodecShape, Said, k_means
 from data import Utterance, read_shard, shuffled
 from encode import codes_path, read_codes
 from losses import SpectralLoss, discriminator_loss, discriminators, generator_loss
 
+from declaim.engine.codec.lark import PITCH_UNIT_HZ
 from declaim.engine.codec.source_filter import Rows, SourceFilter
 
 CPU = torch.device("cpu")
@@ -32,7 +33,6 @@ PITCH_WEIGHT = 2.0  # beside the envelopes' 1 each
 # Of a band of pulses where none are heard: windows beside a voiced stretch hear it all the same.
 UNVOICED_WEIGHT = 0.2
 LEAST_PITCH_HZ = 30.0
-SHARPEN = 1.2  # chosen by DNSMOS and by what a recogniser heard: benchmarks/LOG.md
 REVIVE_EVERY = 50  # steps over which a codebook's row must be chosen at least once
 
 
@@ -117,7 +117,7 @@ def train_codec(shards: Path, codes: Path | None, work: Path, settings: CodecSet
         loss = _regression(said, window, losses) + extra
         if run.step >= settings.judged_from:
             heard = window.heard.repeat_interleave(codec.shape.stft_hop, dim=1)
-            made, real = _spoken(said, window, source_filter, codec.shape.unvoiced_gain) * heard, window.audio * heard
+            made, real = _spoken(said, window, source_filter) * heard, window.audio * heard
             spectrum = spectral(made, real)
             losses["spectrum"] = spectrum.item()
             draw = random.Random(run.step)
@@ -131,7 +131,6 @@ def train_codec(shards: Path, codes: Path | None, work: Path, settings: CodecSet
         codec.decoder.clear_future()
         _follow(average, codec, run.step)
         run.finish_step(losses, steps=settings.steps, minutes=settings.minutes)
-    average.decoder.sharpen(SHARPEN)
     average.save(work / "codec")
     return average
 
@@ -157,13 +156,10 @@ def _regression(said: Said, window: Window, losses: dict[str, float]) -> torch.T
     return errors["harmonic"] + errors["noise"] + errors["voicing"] + PITCH_WEIGHT * errors["pitch"]
 
 
-def _spoken(said: Said, window: Window, source_filter: SourceFilter, unvoiced_gain: float) -> torch.Tensor:
+def _spoken(said: Said, window: Window, source_filter: SourceFilter) -> torch.Tensor:
     """Samples [B, W * hop] at the teacher's pitch, so that harmonics can be compared."""
     keys = torch.randint(0, 1 << 31, window.pitch_hz.shape, device=window.pitch_hz.device)
-    voiced = window.pitch_hz > 0
-    noise = said.noise + unvoiced_gain * ~voiced[..., None]
-    rows = Rows(said.harmonic, noise, window.pitch_hz.double(), voiced, keys)
-    return source_filter(rows, first=0, last=voiced.shape[1])
+    return source_filter(Rows(said.harmonic, said.noise, keys, window.pitch_hz.double(), window.pitch_hz > 0))
 
 
 def _judged(window: int, shape: CodecShape, draw: random.Random) -> slice:

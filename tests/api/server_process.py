@@ -30,13 +30,15 @@ def server_process(
 ) -> Iterator[tuple[str, subprocess.Popen[str]]]:
     """A ready server on a free port; gives its URL and its process, which is killed with its children in the end.
 
+    It refuses nobody for being late, unless options say so: tests do not depend on how fast the machine is.
+
     folder: of its database, its state and its log (`log_of`). code: Python that runs the command line, which is after
     `arguments`. environment: variables beside this process's own.
     """
     with (
         log_of(folder).open("w") as log,
         subprocess.Popen(
-            [sys.executable, "-c", code, *arguments, "serve", "--port", "0", *options],
+            [sys.executable, "-c", code, *arguments, "serve", "--port", "0", "--shed", "full", *options],
             cwd=ROOT,
             env={
                 **os.environ,

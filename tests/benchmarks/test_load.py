@@ -343,4 +343,4 @@ def test_a_player_that_runs_dry_at_seventy_percent_is_told() -> None:
     outcomes[1].listener.feed(np.full(2400, 9000, "<i2").tobytes(), 9.0)
     calm, flood = run_of(0.7, outcomes), run_of(1.5, outcomes_by_hand(3, ["http 429"]))
     claim = judge([calm, flood], calm=calm, flood=flood, objective=Objective())[0]
-    assert not claim.holds and claim.measured == "1 of 3"
+    assert not claim.holds and claim.measured == "1 of 3 ran dry, 0 of 3 not served"

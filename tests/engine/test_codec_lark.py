@@ -143,12 +143,13 @@ def test_half_precision_stays_close_and_returns_float32(
     assert 0.0 < difference < tolerance
 
 
-def test_encoding_decoded_speech_finds_its_codes_again(codec: LarkCodec, speech_codes: torch.Tensor) -> None:
-    """Not all, for the codec is lossy and its noise is drawn: 0.54 of the first codebook's."""
-    codes = codec.encode(codec.decode(speech_codes)[0])
-    assert codes.shape == speech_codes.shape[1:]
-    assert codes.dtype == torch.int64
-    assert float((codes[0] == speech_codes[0, 0]).float().mean()) > 0.45
+def test_encoding_matches_the_test_vector(codec: LarkCodec, vector: tuple[torch.Tensor, torch.Tensor]) -> None:
+    """All but a near-tie, after which the residual, and so the codes that follow in its frame, may be others."""
+    with np.load(FOLDER / "test_vector.npz") as arrays:
+        expected = torch.from_numpy(arrays["encoded"].astype(np.int64))
+    codes = codec.encode(vector[1])
+    assert torch.equal(codes[0], expected[0])
+    assert float((codes == expected).float().mean()) > 0.99
 
 
 def test_each_further_codebook_brings_the_sound_closer(codec: LarkCodec, speech_codes: torch.Tensor) -> None:
@@ -156,10 +157,11 @@ def test_each_further_codebook_brings_the_sound_closer(codec: LarkCodec, speech_
     codes = codec.encode(audio)
     noise = torch.randint(0, 1024, codes.shape, generator=torch.Generator().manual_seed(3))
 
+    window, bands = torch.hann_window(1024), slaney_mel_filters(24_000, 1024, num_mels=80, fmin=0.0, fmax=12_000.0)
+
     def spectrum(samples: torch.Tensor) -> torch.Tensor:
-        window = torch.hann_window(1024)
         columns = torch.stft(samples, 1024, 256, window=window, return_complex=True)
-        return columns.abs().clamp(min=1e-3).log()
+        return (columns.abs().mT @ bands.float()).clamp(min=1e-5).log()
 
     errors = []
     for kept in (1, 2, 4, 8):
@@ -167,7 +169,7 @@ def test_each_further_codebook_brings_the_sound_closer(codec: LarkCodec, speech_
         decoded = codec.decode(mixed[None])[0]
         errors.append(float((spectrum(decoded) - spectrum(audio)).abs().mean()))
     assert errors == sorted(errors, reverse=True)
-    assert errors[-1] < 0.7 * errors[0]
+    assert errors[-1] < 0.55 * errors[0]
 
 
 @pytest.mark.parametrize(("num_samples", "num_frames"), [(0, 0), (1, 1), (959, 1), (960, 1), (961, 2), (4800, 5)])
