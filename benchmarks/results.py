@@ -32,6 +32,7 @@ from pathlib import Path
 from typing import Any
 
 import machine
+import psutil
 from figures import BY_NAME, FIGURES, Figure, Table
 
 FOLDER = machine.ROOT / "benchmarks" / "results"
@@ -48,7 +49,7 @@ class RecordError(Exception):
 def run_figure(figure: Figure, folder: Path) -> None:
     """Run a benchmark, its output shown, and keep its record, of a failure too. Raises: RecordError for a failure."""
     about = _about()
-    began_s = time.monotonic()
+    began_s, stolen_s = time.monotonic(), _stolen_s()
     last, status, is_late = _last_line(figure)
     result: object = None
     failure = None
@@ -60,9 +61,15 @@ def run_figure(figure: Figure, folder: Path) -> None:
     except RecordError as error:
         failure = str(error)
     took_s = time.monotonic() - began_s
+    about["stolen_s"] = round(_stolen_s() - stolen_s, 2)
     _keep(figure, folder, result=result, about=about, took_s=took_s, status=status, failure=failure)
     if failure is not None:
         raise RecordError(failure)
+
+
+def _stolen_s() -> float:
+    """CPU time since the machine began that its host gave to others; 0 where no host says so."""
+    return float(getattr(psutil.cpu_times(), "steal", 0.0))
 
 
 def _last_line(figure: Figure) -> tuple[str, int, bool]:
@@ -273,7 +280,8 @@ def _origin(record: Mapping[str, Any]) -> str:
     dirty = ", with changes that were not committed" if about["dirty"] else ""
     parts = [f"Command: `{record['command']}`", f"commit {about['commit']}{dirty}"]
     if about.get("cpu"):
-        parts.append(f"{about['cpu']}, {about['cores']} cores, load {about['load_1min']:.1f} before")
+        stolen = f", {about['stolen_s']:.1f} s of a core stolen meanwhile" if about.get("stolen_s") is not None else ""
+        parts.append(f"{about['cpu']}, {about['cores']} cores, load {about['load_1min']:.1f} before{stolen}")
     if about.get("gpu"):
         parts.append(str(about["gpu"]))
     parts += [f"torch {about['torch']}", str(about["date"])[:10]]

@@ -7,7 +7,7 @@ which 95 % of the requests are heard within the objective and no player that buf
 and 150 % of it. A second to the first audible sound is asked for: the embedded voice begins with 0.3 s of silence.
 What should hold then is told, and whether it does; the exit status is 1 if anything does not.
 
-    python benchmarks/saturation.py [--rate 2] [--seconds 12] [--first-audio-ms 1000] [--serve "--max-batch 16"]
+    python benchmarks/saturation.py [--rate 2] [--seconds 30] [--first-audio-ms 1000] [--serve "--max-batch 16"]
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ QUESTION = "A server at 70 % and at 150 % of the highest rate that holds its obj
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rate", type=float, default=2.0, help="requests a second to begin with")
-    parser.add_argument("--seconds", type=float, default=12.0, help="of arrivals in each run")
+    parser.add_argument("--seconds", type=float, default=30.0, help="of arrivals in each run")
     parser.add_argument("--requests", type=int, help="in each run, however long they take to come")
     parser.add_argument("--first-audio-ms", type=float, default=1000.0)
     parser.add_argument("--buffer-ms", type=float, default=100.0)

@@ -18,12 +18,18 @@ MIN_STEPS = 50
 MIN_VARIANCE = 0.5  # of the number of sequences: below it the line's slope is noise
 MIN_CROWD = 4  # a line through smaller steps does not reach far enough
 CROWD_STEPS = 4000  # how long the largest crowd is remembered
+MAX_WAIT_S = 0.5  # for a place, on average: what a listener notices least
+# Of those who came lately, how many may have found all places taken. Waiting evens out chance; where more come than can
+# be served, who waits is late and helps nobody.
+MAX_CROWDED = 0.25
+MEMORY_ARRIVALS = 10
+MEMORY_LISTENERS = 20
 
 
 class Capacity:
     """A line through (sequences in a step, seconds it took), and where it crosses the duration of a frame.
 
-    Owned by the engine thread; `num_listeners` may be read by any.
+    Owned by the engine thread; its two numbers may be read by any, and arrivals are recorded by one at a time.
     """
 
     def __init__(self, *, frame_s: float, max_batch: int) -> None:
@@ -33,6 +39,8 @@ class Capacity:
         self._weight = self._count = self._time = self._count_count = self._count_time = 0.0
         self._crowd = 0.0
         self._line = (0.0, 0.0)
+        self._listening_s = 0.0  # how long listeners hold a place, on average; 0 before the first has left
+        self._crowded = 0.0
         self.num_listeners: int | None = None  # None while too little is known, or where not even one can keep up
 
     def record(self, num_sequences: int, took_s: float) -> None:
@@ -46,6 +54,23 @@ class Capacity:
         self._crowd = max(float(num_sequences), self._crowd * (1 - 1 / CROWD_STEPS))
         self._num_steps += 1
         self.num_listeners = self._judge() if self._num_steps >= MIN_STEPS else None
+
+    def record_listener(self, lasted_s: float) -> None:
+        """Somebody who listened has left, so long after being let in."""
+        share = 1 / MEMORY_LISTENERS if self._listening_s else 1.0
+        self._listening_s += share * (lasted_s - self._listening_s)
+
+    def record_arrival(self, *, is_full: bool) -> None:
+        """Somebody came who wants to listen, and found places or none."""
+        self._crowded += (is_full - self._crowded) / MEMORY_ARRIVALS
+
+    @property
+    def num_waiters(self) -> int:
+        """How many may wait for a place: whose turn is likely to come soon, where chance brings so many at a time."""
+        most = self.num_listeners
+        if most is None or not self._listening_s or self._crowded > MAX_CROWDED:
+            return 0
+        return math.floor(MAX_WAIT_S * most / self._listening_s)
 
     def _judge(self) -> int | None:
         base, slope = self._fit()

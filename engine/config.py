@@ -65,7 +65,8 @@ class EngineConfig:
     vocoder: "inline" decodes in this process, "ray" in a pool of workers that survives their death.
     max_batch: sequences in one step. max_waiting: sequences that may wait beyond those; more are refused.
     shed: who is refused: "full" lets streams wait until there are max_waiting; "late", which `declaim serve` takes,
-    also refuses whoever would be served slower than they listen, judged by the last steps, and so spares those who are
+    also refuses whoever would be served slower than they listen, judged by the last steps, unless somebody is likely to
+    leave soon, and so spares those who are
     being served. Requests that nobody listens to wait in either case.
     memory_gb: for everything: weights, codec, CUDA's context, graphs and workspaces, KV cache; None takes 90 % of a
     GPU's free memory, or three quarters of the host's.

@@ -94,6 +94,7 @@ log = logging.getLogger(__name__)
 MAX_CACHED_VOICES = 64
 WARM_UP_TEXT = "This is a short test."
 PLACES_PER_FREE_PLACE = 3.0  # what a tenant of weight 1 may hold while so much is free
+MAX_HELD_S = 2.0  # for a place that was likely to be free sooner
 SEED_STRIDE = 0x9E3779B97F4A7C15
 
 VocoderFactory = Callable[[Wake], Vocoder]
@@ -112,6 +113,7 @@ class _Ticket:
     paced: bool
     max_frames: int | None
     sink: Sink
+    made_at: float  # on the monotonic clock
 
 
 class Engine:
@@ -161,6 +163,7 @@ class Engine:
         self._lock = threading.Lock()
         self._has_room = threading.Condition(self._lock)
         self._inbox: deque[_Ticket | str] = deque()  # a request, or the id of one to cancel
+        self._held: deque[_Ticket] = deque()  # requests that wait until somebody who listens has left
         self._num_open = 0  # sequences accepted and not yet finished
         self._num_open_of: Counter[str] = Counter()  # by tenant
         self._open_ids: set[str] = set()
@@ -325,7 +328,7 @@ class Engine:
         pool = self._vocoder if isinstance(self._vocoder, WorkerPool) else None
         return EngineStats(
             running=self._scheduler.num_running,
-            waiting=self._scheduler.num_waiting + len(self._inbox),
+            waiting=self._scheduler.num_waiting + len(self._inbox) + len(self._held),
             streams=len(self._streams),
             blocks_used=self._scheduler.num_blocks_used,
             blocks_total=self._scheduler.num_blocks,
@@ -405,6 +408,7 @@ class Engine:
                 else None
             ),
             sink=sink,
+            made_at=time.monotonic(),
         )
         for i in range(len(prompts)):
             self._scheduler.check_fits(self._sequence(ticket, i, sequence_id=0, playback=Playback(paced), now=0.0))
@@ -425,16 +429,15 @@ class Engine:
                     f"a request {ticket.request_id!r} is running: choose another id", param="request_id"
                 )
             refusal = self._refusal(ticket)
-            if refusal is None and ticket.paced:
-                refusal = self._lateness(ticket.request)
             if refusal is not None:
                 raise Overloaded(refusal)
+            must_wait = ticket.paced and self._must_wait(ticket.request)
             self._num_open += len(ticket.prompts)
             self._num_open_of[ticket.request.tenant] += len(ticket.prompts)
             self._open_ids.add(ticket.request_id)
             if ticket.paced and ticket.request.tier != "flex":
                 self._listened_ids.add(ticket.request_id)
-            self._inbox.append(ticket)
+            (self._held if must_wait else self._inbox).append(ticket)
         self._awake.set()
 
     def _refusal(self, ticket: _Ticket) -> str | None:
@@ -466,25 +469,30 @@ class Engine:
 
         Raises: Overloaded.
         """
-        lateness = self._lateness(request)
-        if lateness is not None:
-            raise Overloaded(lateness)
+        most = self._capacity.num_listeners
+        with self._lock:
+            self._capacity.record_arrival(is_full=most is not None and len(self._listened_ids) >= most)
+            self._must_wait(request)
 
-    def _lateness(self, request: SpeechRequest) -> str | None:
-        """Why one more stream would be served slower than it is heard, and those before it too; None if not so.
+    def _must_wait(self, request: SpeechRequest) -> bool:
+        """Whether one more stream would be served slower than it is heard, and those before it too. The lock is held.
 
         Flex may be late, and what goes on with speech that somebody hears is let in. So is a tenant that holds less
         than its part of what the engine bears: the scheduler sees to it that others who hold more wait for it.
+
+        Raises: Overloaded if it would wait too long.
         """
         most, num_listened = self._capacity.num_listeners, len(self._listened_ids)
         may_be_late = self.config.shed == "full" or request.tier == "flex" or request.continues
         if may_be_late or most is None or num_listened < most:
-            return None
+            return False
         held = self._num_open_of[request.tenant]
         num_others = len(self._num_open_of) - (held > 0)
         if request.tenant and num_others and held < most * request.weight / (request.weight + num_others):
-            return None
-        return (
+            return False
+        if num_listened < most + self._capacity.num_waiters:
+            return True
+        raise Overloaded(
             f"{num_listened} streams are being spoken, and by its last steps this engine can speak {most} as"
             " fast as they are heard: try again in a second, or start the engine with shed='full' to queue instead"
         )
@@ -611,8 +619,23 @@ class Engine:
             message = self._inbox.popleft()
             if isinstance(message, _Ticket):
                 self._open(message)
-            elif message in self._streams:
+                continue
+            for ticket in list(self._held):
+                if ticket.request_id == message:
+                    self._held.remove(ticket)
+                    self._open(ticket)
+            if message in self._streams:
                 self._end(self._streams[message], "cancelled")
+
+    def _open_held(self) -> None:
+        """Let in who waits: in turn where places are free, whoever waited long enough, and who hung up, to be ended."""
+        too_long_ago = time.monotonic() - MAX_HELD_S
+        for ticket in list(self._held):
+            most = self._capacity.num_listeners
+            is_free = most is None or len(self._listened_ids) - len(self._held) < most
+            if is_free or ticket.sink.is_abandoned or ticket.made_at < too_long_ago:
+                self._held.remove(ticket)
+                self._open(ticket)
 
     def _open(self, ticket: _Ticket) -> None:
         now = time.monotonic()
@@ -749,6 +772,7 @@ class Engine:
                 self._end(stream, stream.finish_reason)
             elif stream.sink.is_abandoned:
                 self._end(stream, "cancelled")
+        self._open_held()
 
     def _end(self, stream: RequestStream, reason: FinishReason, *, error: DeclaimError | None = None) -> None:
         """Take a request out, free all it holds, and tell its caller."""
@@ -766,7 +790,9 @@ class Engine:
             if not self._num_open_of[tenant]:
                 del self._num_open_of[tenant]
             self._open_ids.discard(stream.request_id)
-            self._listened_ids.discard(stream.request_id)
+            if stream.request_id in self._listened_ids:
+                self._listened_ids.remove(stream.request_id)
+                self._capacity.record_listener(time.monotonic() - stream.sequences[0].given.arrived_at)
             self._has_room.notify_all()
         if not self._streams:
             self._scheduler.check_integrity()
@@ -776,10 +802,11 @@ class Engine:
         error = EngineClosed("the engine was closed while the request ran")
         for stream in list(self._streams.values()):
             self._end(stream, "error", error=error)
-        while self._inbox:
-            message = self._inbox.popleft()
+        for message in (*self._held, *self._inbox):
             if isinstance(message, _Ticket):
                 message.sink.deliver(Finished("error", self._no_codes(), error))
+        self._held.clear()
+        self._inbox.clear()
 
 
 class _QueueSink:

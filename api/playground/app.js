@@ -184,6 +184,18 @@ async function* eventsOf(answer) {
   }
 }
 
+// As the OpenAI clients do: a server that is full for the moment, with what was just stopped perhaps, is asked again.
+const MAX_ASKS = 3;
+const LONGEST_WAIT_MS = 5000;
+async function askPatiently(path, asked) {
+  for (let i = 1; ; i++) {
+    const answer = await fetch(path, asked);
+    const waitMs = Number(answer.headers.get("retry-after-ms"));
+    if (answer.status !== 503 || i === MAX_ASKS || !waitMs || waitMs > LONGEST_WAIT_MS) return answer;
+    await new Promise((resolve) => setTimeout(resolve, waitMs));
+  }
+}
+
 async function speak() {
   forget();
   showError(null);
@@ -200,7 +212,8 @@ async function speak() {
     const asked = { method: "POST", signal: mine.abort.signal, body: JSON.stringify(bodyOf(format)) };
     if (format === "pcm") mine.player = new Player(); // while the click still counts as one
     animate();
-    const answer = await fetch("/v1/audio/speech", { ...asked, headers: { ...headers(), "Content-Type": "application/json" } });
+    asked.headers = { ...headers(), "Content-Type": "application/json" };
+    const answer = await askPatiently("/v1/audio/speech", asked);
     if (!answer.ok) throw new Error(await errorOf(answer));
     find("ended").textContent = "speaking…";
     if (format === "pcm") await hear(mine, answer, began);

@@ -19,7 +19,7 @@ from declaim.api.gate import OpenGate
 from declaim.api.page import build_page_router
 from declaim.api.serving import Serving
 from declaim.api.voices import VoiceStore, build_voices_router
-from declaim.engine.errors import SequenceFailed
+from declaim.engine.errors import Overloaded, SequenceFailed
 from declaim.engine.spec import ModelSpec
 from tests.api.asgi_server import served
 from tests.api.fake_engine import FakeEngine, Script, eventually
@@ -364,6 +364,23 @@ def test_a_stream_that_breaks_is_told_and_its_beginning_kept(browser: Any, downl
         page.until_played()
         assert "the voice broke" in page["error"].text and page["ended"].text == "error"
         assert len(page.download("speech.wav")) > 4_000
+        page.browser.get("about:blank")
+
+
+def test_a_server_that_is_full_for_a_moment_is_asked_again_and_one_that_stays_so_is_told(
+    browser: Any, downloads: Path, tmp_path: Path
+) -> None:
+    engine = Actor(Script(refuse=Overloaded("the queue is full", retry_after_s=0.2)))
+    with serving(tmp_path, engine) as url:
+        page = Page(browser, downloads, url).open()
+        page["speak"].click()
+        page.until(lambda: page["ended"].text == "error")
+        assert "the queue is full" in page["error"].text and len(engine.requests) == 3
+        page["speak"].click()
+        assert eventually(lambda: len(engine.requests) == 4)
+        engine.script = Script(num_chunks=4)
+        page.until_played()
+        assert not page["error"].is_displayed() and len(page.download("speech.wav")) > 4_000
         page.browser.get("about:blank")
 
 

@@ -71,6 +71,8 @@ def test_a_figure_has_its_numbers_and_under_them_where_they_come_from(results: A
     assert "| http, first samples | 40 | 0.512 | 1.04 | 250 |" in page
     origin = "commit abc123 · A processor, 2 cores, load 0.1 before · torch 2.13.0 · 2026-11-21 · 3 s"
     assert f"Command: `python it.py` · {origin}" in page
+    keep(tmp_path, "tester", {"errors": errors}, machine=ABOUT | {"stolen_s": 0.72})
+    assert "2 cores, load 0.1 before, 0.7 s of a core stolen meanwhile · torch" in results.render(tmp_path)
     keep(tmp_path, "tester", {"errors": errors}, machine=ABOUT | {"dirty": True}, status=1)
     page = results.render(tmp_path)
     assert "commit abc123, with changes that were not committed" in page and "**It ended with status 1.**" in page
@@ -95,6 +97,7 @@ def test_a_run_is_kept_with_its_command_commit_and_status(
     record = json.loads((tmp_path / "made.json").read_text(encoding="utf-8"))
     assert record["result"] == {"rows": [["x", 1]]} and record["status"] == 3
     assert record["command"].startswith("python -c") and record["machine"]["commit"] and record["took_s"] > 0
+    assert record["machine"]["stolen_s"] >= 0
     assert capfd.readouterr().out == "table\n"
 
 

@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Callable, Generator, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import cast
 
 import numpy as np
 import pytest
 
-from declaim.engine import AudioChunk, Engine, EngineConfig, Overloaded, SamplingParams, SpeechRequest
-from declaim.engine.capacity import HEADROOM, MIN_STEPS, Capacity
+from declaim.engine import (
+    AudioChunk,
+    Cancelled,
+    Engine,
+    EngineClosed,
+    EngineConfig,
+    Overloaded,
+    SamplingParams,
+    SpeechRequest,
+)
+from declaim.engine.capacity import HEADROOM, MAX_WAIT_S, MIN_STEPS, Capacity
 from declaim.engine.config import Shed
 from declaim.engine.request import Tier
 from tests.fakes import FakeModel, ShuffledVocoder
@@ -81,18 +92,52 @@ def test_a_flood_that_holds_the_crowd_where_it_is_does_not_open_the_gate() -> No
         assert capacity.num_listeners is not None and least <= capacity.num_listeners <= most
 
 
+def crowded(capacity: Capacity, num: int, *, is_full: bool) -> int:
+    """How many may wait after so many came."""
+    for _ in range(num):
+        capacity.record_arrival(is_full=is_full)
+    return capacity.num_waiters
+
+
+def test_as_many_may_wait_as_are_likely_to_have_their_turn_soon() -> None:
+    capacity = capacity_of(0.010, 0.0004, crowd=20)
+    most = capacity.num_listeners
+    assert most is not None and most > 15
+    assert capacity.num_waiters == 0  # nobody has left yet: it may be long
+    for lasted_s in (1.0, 3.0) * 50:
+        capacity.record_listener(lasted_s)
+    assert capacity.num_waiters == pytest.approx(MAX_WAIT_S * most / 2.0, abs=1)
+    for _ in range(100):
+        capacity.record_listener(60.0)
+    assert capacity.num_waiters == 0
+
+
+def test_nobody_may_wait_where_more_come_than_can_be_served() -> None:
+    capacity = capacity_of(0.010, 0.0004, crowd=20)
+    capacity.record_listener(1.0)
+    assert crowded(capacity, 2, is_full=True) > 0
+    assert crowded(capacity, 2, is_full=True) == 0
+    assert crowded(capacity, 5, is_full=False) > 0
+
+
 class Bears:
     """An engine's capacity that is what a test says."""
 
-    def __init__(self, num_listeners: int | None) -> None:
-        self.num_listeners = num_listeners
+    def __init__(self, num_listeners: int | None, num_waiters: int) -> None:
+        self.num_listeners, self.num_waiters = num_listeners, num_waiters
 
     def record(self, num_sequences: int, took_s: float) -> None:
         """Nothing changes."""
 
+    def record_listener(self, lasted_s: float) -> None:
+        """Nothing changes."""
+
+    def record_arrival(self, *, is_full: bool) -> None:
+        """Nothing changes."""
+
 
 @contextmanager
-def engine_that_bears(num_listeners: int | None, *, shed: Shed = "late") -> Iterator[Engine]:
+def engine_that_bears(num_listeners: int | None, *, num_waiters: int = 0, shed: Shed = "late") -> Iterator[Engine]:
     config = EngineConfig(device="cpu", dtype="float32", num_blocks=4096, block_size=4, max_batch=16, shed=shed)
     with Engine(
         FakeModel(eos_bias=-100.0),
@@ -100,7 +145,7 @@ def engine_that_bears(num_listeners: int | None, *, shed: Shed = "late") -> Iter
         make_vocoder=lambda wake: ShuffledVocoder(seed=0, wake=wake),
         model_name="fake",
     ) as engine:
-        engine._capacity = cast("Capacity", Bears(num_listeners))
+        engine._capacity = cast("Capacity", Bears(num_listeners, num_waiters))
         yield engine
 
 
@@ -125,6 +170,63 @@ def test_a_listener_too_many_is_refused_with_numbers_and_a_remedy_and_let_in_whe
         for stream in streams:
             stream.close()
         wait_for(lambda: len(engine._listened_ids) == 0)
+
+
+def test_one_may_wait_until_somebody_leaves_and_the_next_is_refused() -> None:
+    with engine_that_bears(1, num_waiters=1) as engine, ThreadPoolExecutor(1) as pool:
+        first = ask(engine)
+        second = pool.submit(ask, engine)
+        wait_for(lambda: len(engine._held) == 1)
+        assert engine.stats().waiting == 1 and engine.stats().streams == 1
+        with pytest.raises(Overloaded):
+            ask(engine)
+        first.close()
+        second.result(10).close()
+        wait_for(lambda: not engine.stats().streams)
+        assert len(engine._listened_ids) == 0 and not engine._held
+
+
+@pytest.mark.parametrize("ending", ["cancel", "close"])
+def test_who_waits_for_a_place_is_told_when_the_wait_ends_otherwise(ending: str) -> None:
+    with engine_that_bears(1, num_waiters=1) as engine, ThreadPoolExecutor(1) as pool:
+        first = ask(engine)
+        request = SpeechRequest("abc", request_id="second")
+        second = pool.submit(lambda: list(engine.stream(request)))
+        wait_for(lambda: len(engine._held) == 1)
+        if ending == "cancel":
+            engine.cancel("second")
+        else:
+            engine.close()
+        with pytest.raises(Cancelled if ending == "cancel" else EngineClosed):
+            second.result(10)
+        assert not engine._held
+        if ending == "cancel":
+            assert len(engine._listened_ids) == 1
+        first.close()
+
+
+def test_who_hangs_up_while_waiting_frees_the_place_in_line() -> None:
+    async def hang_up(engine: Engine) -> None:
+        waiting = asyncio.ensure_future(anext(engine.astream(SpeechRequest("abc"))))
+        while not engine._held:
+            await asyncio.sleep(0.001)
+        waiting.cancel()
+
+    with engine_that_bears(1, num_waiters=1) as engine:
+        first = ask(engine)
+        asyncio.run(hang_up(engine))
+        wait_for(lambda: not engine._held and len(engine._listened_ids) == 1)
+        assert engine.stats().streams == 1
+        first.close()
+
+
+def test_nobody_waits_for_a_place_for_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("declaim.engine.engine.MAX_HELD_S", 0.05)
+    with engine_that_bears(1, num_waiters=1) as engine:
+        first, second = ask(engine), ask(engine)
+        assert engine.stats().streams == 2
+        first.close()
+        second.close()
 
 
 def test_whom_nobody_listens_to_waits_however_many_listen() -> None:
