@@ -26,7 +26,7 @@ from declaim.api.schemas import SpeechBody
 from declaim.api.serving import Serving
 from declaim.api.speech import Lexicons, Voices, tempo_of, to_request, voice_name
 from declaim.engine.errors import DeclaimError, EngineError, TooLong
-from declaim.engine.joints import HEAD_S, Joint
+from declaim.engine.joints import Joint
 from declaim.engine.request import EncodedVoice, FinishReason
 
 logger = logging.getLogger(__name__)
@@ -317,7 +317,7 @@ class LiveSession:
             # Who has heard the beginning hears the rest.
             request = replace(request, continues=index > 0)
             # More may follow, so every clause ends as if another came after it.
-            joint = Joint(engine.spec.codec.sample_rate_hz, max_head_s=HEAD_S if index else None, is_last=False)
+            joint = Joint(engine.spec.codec.sample_rate_hz, is_first=index == 0, is_last=False)
             return render(engine, request, how, services.workers, joint=joint)
 
         status, outcome = 499, "client_gone"

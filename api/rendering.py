@@ -84,7 +84,7 @@ async def render(
 
     Raises: what `Engine.astream` raises.
     """
-    joint = joint or Joint(engine.spec.codec.sample_rate_hz, max_head_s=None, is_last=True)
+    joint = joint or Joint(engine.spec.codec.sample_rate_hz, is_first=True, is_last=True)
     chunks = engine.astream(request) if is_speakable(request.text) else _silence(engine, request)
     pipeline: AudioPipeline | None = None
     waiting: list[Word] = []

@@ -14,8 +14,7 @@ from declaim.engine.spec import CodecSpec
 
 @dataclass(frozen=True, slots=True)
 class ChunkPolicy:
-    """Two windows hold `first_frames` frames each, the next two twice as many, and so on up to `max_frames`; the first
-    one `lead_in_frames` more, which are not heard.
+    """Two windows hold `first_frames` frames each, the next two twice as many, and so on up to `max_frames`.
 
     Windows that doubled each time would run dry unless a stream is made twice as fast as it plays: what plays while a
     window is made is all that came before. In pairs, 1.5 times as fast is enough.
@@ -23,18 +22,15 @@ class ChunkPolicy:
 
     first_frames: int
     max_frames: int
-    lead_in_frames: int = 0
 
     @classmethod
-    def from_seconds(cls, codec: CodecSpec, *, first_s: float, max_s: float, lead_in_s: float = 0.0) -> ChunkPolicy:
-        first, longest, lead_in = (round(seconds * codec.frame_rate_hz) for seconds in (first_s, max_s, lead_in_s))
-        first = max(1, first)
-        return cls(first, max(first, longest), lead_in)
+    def from_seconds(cls, codec: CodecSpec, *, first_s: float, max_s: float) -> ChunkPolicy:
+        first = max(1, round(first_s * codec.frame_rate_hz))
+        return cls(first, max(first, round(max_s * codec.frame_rate_hz)))
 
     def length(self, index: int) -> int:
         """Frames of the window of that index."""
-        length = min(self.first_frames << min(index // 2, 20), self.max_frames)
-        return length if index else length + self.lead_in_frames
+        return min(self.first_frames << min(index // 2, 20), self.max_frames)
 
 
 @dataclass(frozen=True, slots=True)

@@ -49,7 +49,6 @@ from declaim.engine.graphs import GraphRunner
 from declaim.engine.guard import Guard, with_another_seed
 from declaim.engine.integrity import QUANTIZATION_NAME
 from declaim.engine.integrity import fingerprint as fingerprint_of
-from declaim.engine.joints import HEAD_S, LEAD_IN_S
 from declaim.engine.lexicon import Lexicon
 from declaim.engine.loader import EMBEDDED_NAME, ModelFiles, find_model, load_model
 from declaim.engine.memory import (
@@ -157,10 +156,7 @@ class Engine:
         self._voices: dict[str, EncodedVoice] = {}
         self._encoded: OrderedDict[bytes, EncodedVoice] = OrderedDict()
         self._policy = ChunkPolicy.from_seconds(
-            model.spec.codec,
-            first_s=config.first_chunk_s,
-            max_s=config.max_chunk_s,
-            lead_in_s=model.spec.lead_in_s,
+            model.spec.codec, first_s=config.first_chunk_s, max_s=config.max_chunk_s
         )
 
         # shared with callers, under the lock
@@ -660,7 +656,6 @@ class Engine:
             max_frames=ticket.max_frames,
             guards=ticket.guards,
             ends_paragraph=ticket.ends_paragraph,
-            max_head_s=(HEAD_S if ticket.request.continues else LEAD_IN_S) if self.spec.lead_in_s else None,
         )
         self._streams[ticket.request_id] = stream
         self._owners |= {sequence.sequence_id: stream for sequence in sequences}

@@ -1,4 +1,4 @@
-"""Where two segments meet, and where speech begins: the silence that a model leaves there, cut to what a speaker does.
+"""Where two segments meet: the silence that a model leaves at a segment's ends, cut to a pause as a speaker makes it.
 
 A segment ends with a rest and the next one begins with another, together most of a second. Of the silence after a
 segment's last sound so much is kept, of that before its first sound so much, and what is more is taken out. What is
@@ -13,8 +13,7 @@ from numpy.typing import NDArray
 
 # Full scale is 1: what a model leaves between sentences is below a third of this, the softest consonant above.
 _SILENT = 0.01
-HEAD_S = 0.1  # before the first sound of a segment that follows another
-LEAD_IN_S = 0.05  # and of the first one, for which somebody waits
+_HEAD_S = 0.1
 _TAIL_S = 0.2
 # After the last sentence of a paragraph.
 _PARAGRAPH_TAIL_S = 0.5
@@ -23,12 +22,11 @@ _PARAGRAPH_TAIL_S = 0.5
 class Joint:
     """One segment's samples on their way out. has_begun: whether it is known how much is taken off its beginning."""
 
-    def __init__(self, rate_hz: int, *, max_head_s: float | None, is_last: bool, ends_paragraph: bool = False) -> None:
-        """max_head_s: how much silence is left before the first sound; None leaves all. is_last: of the request's
-        segments, whose end is left as it is."""
-        self.has_begun = max_head_s is None
+    def __init__(self, rate_hz: int, *, is_first: bool, is_last: bool, ends_paragraph: bool = False) -> None:
+        """is_first, is_last: of the request's segments, whose outer ends are left as they are."""
+        self.has_begun = is_first
         self._rate_hz = rate_hz
-        self._max_head = round((max_head_s or 0.0) * rate_hz)
+        self._max_head = round(_HEAD_S * rate_hz)
         self._max_tail = None if is_last else round((_PARAGRAPH_TAIL_S if ends_paragraph else _TAIL_S) * rate_hz)
         self._held: NDArray[np.float32] = np.zeros(0, dtype=np.float32)
         self._num_cut = 0  # samples taken off the beginning

@@ -232,7 +232,6 @@ class ModelSpec:
     supports_voice_prompt: bool
     # The fewest and most that speech may take; None where the family knows the length before it draws.
     seconds_per_char: tuple[float, float] | None = None
-    lead_in_s: float = 0.0  # of the silence that speech begins with, what is not given out
     voices: tuple[str, ...] = ()  # the model's own, by name; the first is the default
     embeds_voices: bool = False  # a speaker encoder is at hand, which makes an embedding of reference audio
     supports_dialogue: bool = False  # [S1] and [S2] in the text switch speakers

@@ -16,7 +16,7 @@ from declaim.engine.chunks import ChunkPlanner, ChunkPolicy, Cut
 from declaim.engine.errors import DeclaimError
 from declaim.engine.frames import num_rows_for
 from declaim.engine.guard import Guard, Verdict
-from declaim.engine.joints import HEAD_S, Joint
+from declaim.engine.joints import Joint
 from declaim.engine.request import AudioChunk, FinishReason, Word
 from declaim.engine.sequence import Playback, Sequence
 from declaim.engine.spec import CodecSpec
@@ -61,11 +61,10 @@ class RequestStream:
         max_frames: int | None,
         guards: Items[Guard | None],
         ends_paragraph: Items[bool] = (),
-        max_head_s: float | None = None,
     ) -> None:
         """max_frames: the most frames of all sequences together; None where each has its own limit only. guards: what
         each sequence's length may be, where the family does not know it. ends_paragraph: after which segments the pause
-        is a paragraph's; none where it is left out. max_head_s: of the first segment, see `Joint`."""
+        is a paragraph's; none where it is left out."""
         self.request_id = request_id
         self.sequences = tuple(sequences)
         self.sink = sink
@@ -81,7 +80,6 @@ class RequestStream:
         self._next_index = 0  # of the window delivered next, within sequence `playback.segment`
         self._num_delivered = 0
         self._segment_first = 0  # frames delivered before the segment that is delivered next
-        self._max_head_s = max_head_s
         self._ends_paragraph = tuple(ends_paragraph) or (False,) * len(self.sequences)
         self._joint = self._joint_of(0)  # of the segment that is delivered next
         self._segment_begin_s = 0.0  # when that segment is heard
@@ -218,7 +216,7 @@ class RequestStream:
     def _joint_of(self, segment: int) -> Joint:
         return Joint(
             self._codec.sample_rate_hz,
-            max_head_s=HEAD_S if segment else self._max_head_s,
+            is_first=segment == 0,
             is_last=segment == len(self.sequences) - 1,
             ends_paragraph=self._ends_paragraph[segment],
         )

@@ -9,7 +9,6 @@ does. Source: engine/assets/lark/README.md.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 from collections.abc import Sequence as Items
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -56,7 +55,6 @@ from declaim.kernels.rope import rotary_table
 MAX_TEXT_CHARS = 20_000
 MAX_SEGMENT_CHARS = 120  # the voice was trained on sentences of 15 to 120 characters
 MIN_FRAMES = 4
-MAX_LEAD_IN_S = 1.0
 MIN_DURATION_S, MIN_LOG_DURATION_S = 0.025, 0.02
 MAX_POSITIONS = 2048
 _FIRST_SPEAKER_BYTE = 1
@@ -101,7 +99,6 @@ class LarkConfig:
     top_k: int
     speakers: tuple[LarkSpeaker, ...]
     has_speaker_embedding: bool
-    lead_in_s: float  # see ModelSpec; 0 where the file says nothing
 
     @property
     def vocab_size(self) -> int:
@@ -138,7 +135,6 @@ class LarkConfig:
             top_k=read_integer(sampling, "top_k", path),
             speakers=_speakers(config, path) if "speakers" in config else (LarkSpeaker("lark", _FIRST_SPEAKER_BYTE),),
             has_speaker_embedding="speakers" in config,
-            lead_in_s=_lead_in_s(config, path),
         )
 
 
@@ -414,13 +410,6 @@ class LarkModel:
         return linear(hidden, self._head).float().view(len(hidden), config.num_codebooks, config.codebook_size)
 
 
-def _lead_in_s(config: Mapping[str, object], path: Path) -> float:
-    seconds = read_number(config, "lead_in_s", path) if "lead_in_s" in config else 0.0
-    if not 0.0 <= seconds <= MAX_LEAD_IN_S:
-        raise ModelLoadError(f"{path}: lead_in_s is {seconds:g}, it must be 0 to {MAX_LEAD_IN_S:g} seconds of silence")
-    return seconds
-
-
 def _spec(config: LarkConfig, codec: CodecSpec) -> ModelSpec:
     if codec.num_codebooks != config.num_codebooks or codec.codebook_size != config.codebook_size:
         raise ModelLoadError(
@@ -448,7 +437,6 @@ def _spec(config: LarkConfig, codec: CodecSpec) -> ModelSpec:
         vocab_size=config.codebook_size,
         max_positions=MAX_POSITIONS,
         has_side=True,
-        lead_in_s=config.lead_in_s,
         supports_speed=True,
         supports_voice_prompt=False,
         voices=tuple(speaker.name for speaker in _all_speakers(config, codec)),

@@ -86,13 +86,6 @@ def test_windows_double_in_pairs_up_to_the_largest() -> None:
     assert policy.length(10**6) == 40
 
 
-def test_what_is_not_heard_makes_the_first_window_longer_and_no_other() -> None:
-    policy = ChunkPolicy.from_seconds(codec(0, 0), first_s=0.08, max_s=0.32, lead_in_s=0.2)
-    assert [policy.length(i) for i in range(4)] == [4 + 10, 4, 8, 8]
-    cuts = all_at_once(policy, codec(0, 0), 30)
-    assert [(cut.first, cut.last) for cut in cuts] == [(0, 14), (14, 18), (18, 26), (26, 30)]
-
-
 @pytest.mark.parametrize("right", [0, 4, 10])
 def test_a_stream_made_half_again_as_fast_as_it_plays_never_runs_dry(right: int) -> None:
     """In frames: played one a tick from the first window on, made 1.5 a tick, decoded in no time."""

@@ -65,13 +65,9 @@ def test_speed_scales_the_length(engine: Engine) -> None:
         [SpeechRequest(SENTENCE, speed=speed, sampling=SamplingParams(seed=1)) for speed in (0.5, 1.0, 2.0)],
         progress=False,
     )
-    slow, plain, fast = (len(result.codes) for result in results)
-    assert slow == pytest.approx(2 * plain, abs=2)
-    assert fast == pytest.approx(plain / 2, abs=2)
-    for result in results:  # of the silence it begins with, 0.3 s at the usual speed, little is left
-        cut_s = len(result.codes) / 25 - result.duration_s
-        assert 0.05 < cut_s < 0.7
-        assert 0.04 < float(np.argmax(np.abs(result.audio) > 0.01)) / 24_000 < 0.06
+    slow, plain, fast = (result.duration_s for result in results)
+    assert slow == pytest.approx(2 * plain, abs=0.1)
+    assert fast == pytest.approx(plain / 2, abs=0.1)
 
 
 def test_streamed_equals_whole_and_first_audio_comes_in_a_small_chunk(engine: Engine) -> None:
@@ -79,7 +75,7 @@ def test_streamed_equals_whole_and_first_audio_comes_in_a_small_chunk(engine: En
     (whole,) = engine.generate([request], progress=False)
     chunks = list(engine.stream(request))
     np.testing.assert_array_equal(np.concatenate([chunk.audio for chunk in chunks]), whole.audio)
-    assert 0.06 < len(chunks[0].audio) / 24_000 < 0.2 and chunks[0].num_frames == 9
+    assert len(chunks[0].audio) == 0.16 * 24000
     assert len(chunks) > 5
 
 
@@ -205,7 +201,7 @@ def test_a_codecs_timbres_are_voices_that_say_the_first_speakers_codes(engine: E
         [SpeechRequest(SENTENCE, voice=voice, sampling=sampling) for voice in ("lark", "rook")], progress=False
     )
     np.testing.assert_array_equal(lark.codes, rook.codes)
-    assert abs(lark.duration_s - rook.duration_s) < 0.03  # a low voice's first sound is loud a little later, or sooner
+    assert len(lark.audio) == len(rook.audio)
     assert not np.array_equal(lark.audio, rook.audio)
     # An octave lower, nearly: what is below 150 Hz is rook's.
     share = [np.abs(np.fft.rfft(result.audio)) ** 2 for result in (lark, rook)]
@@ -233,20 +229,18 @@ def test_a_voice_alone_says_all_turns(engine: Engine) -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "words"),
+    ("speakers", "words"),
     [
-        ({"speakers": []}, "list"),
-        ({"speakers": ["lark"]}, "lark"),
-        ({"speakers": [{"name": "lark", "byte": 1}, {"name": "lark", "byte": 2}]}, "share a name"),
-        ({"speakers": [{"name": "lark", "byte": 1}, {"name": "wren", "byte": 1}]}, "differ"),
-        ({"speakers": [{"name": "lark", "byte": 256}]}, "1 .. 255"),
-        ({"speakers": [{"name": "lark"}]}, "byte"),
-        ({"lead_in_s": -0.1}, "0 to 1 seconds"),
-        ({"lead_in_s": 1.5}, "0 to 1 seconds"),
+        ([], "list"),
+        (["lark"], "lark"),
+        ([{"name": "lark", "byte": 1}, {"name": "lark", "byte": 2}], "share a name"),
+        ([{"name": "lark", "byte": 1}, {"name": "wren", "byte": 1}], "differ"),
+        ([{"name": "lark", "byte": 256}], "1 .. 255"),
+        ([{"name": "lark"}], "byte"),
     ],
 )
-def test_an_impossible_config_is_refused(tmp_path: Path, changes: dict[str, object], words: str) -> None:
-    config = json.loads((EMBEDDED_FOLDER / "config.json").read_text()) | changes
+def test_a_config_with_impossible_speakers_is_refused(tmp_path: Path, speakers: list[object], words: str) -> None:
+    config = json.loads((EMBEDDED_FOLDER / "config.json").read_text()) | {"speakers": speakers}
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(ModelLoadError, match=words):
         LarkConfig.read(tmp_path / "config.json")
