@@ -223,8 +223,8 @@ def test_stopped_workers_are_replaced_and_a_window_that_cost_three_is_given_up_b
 ) -> None:
     client = make_client(RayPoolOptions(max_workers=1, decode_timeout_s=1.0))
     stopped: set[int] = set()
-    # Long enough that the worker is stopped well before it is done.
-    (cursed,) = make_windows(0, 1, length=2400)
+    # So long that it takes longer than is waited for, should the worker be stopped too late.
+    (cursed,) = make_windows(0, 1, length=4000)
     innocent = make_windows(1, 4)[1:]
 
     def stop_its_worker() -> bool:
