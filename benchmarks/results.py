@@ -26,8 +26,8 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -77,34 +77,49 @@ def _last_line(figure: Figure) -> tuple[str, int, bool]:
     ended for taking too long. It takes its own processes with it, however this ends."""
     last = ""
     is_late = threading.Event()
-    with subprocess.Popen(
-        [sys.executable, "-u", *figure.command],
-        cwd=machine.ROOT,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        text=True,
-        encoding="utf-8",
-        errors="replace",
-        start_new_session=True,
-    ) as process:
+    with ExitStack() as stack:
+        with _signal_kept(signal.SIGTERM):
+            process = stack.enter_context(
+                subprocess.Popen(
+                    [sys.executable, "-u", *figure.command],
+                    cwd=machine.ROOT,
+                    stdin=subprocess.DEVNULL,
+                    stdout=subprocess.PIPE,
+                    text=True,
+                    encoding="utf-8",
+                    errors="replace",
+                    start_new_session=True,
+                )
+            )
+            stack.callback(_stop, process)
 
-        def end() -> None:
-            is_late.set()
-            _stop(process)
+            def end() -> None:
+                is_late.set()
+                _stop(process)
 
-        clock = threading.Timer(figure.limit_s, end)
-        clock.start()
-        try:
-            assert process.stdout is not None
-            for line in process.stdout:
-                if last:
-                    print(last, end="", flush=True)
-                last = line
-            status = process.wait()
-        finally:
-            clock.cancel()
-            _stop(process)
+            clock = threading.Timer(figure.limit_s, end)
+            stack.callback(clock.cancel)
+            clock.start()
+        assert process.stdout is not None
+        for line in process.stdout:
+            if last:
+                print(last, end="", flush=True)
+            last = line
+        status = process.wait()
     return last, status, is_late.is_set()
+
+
+@contextmanager
+def _signal_kept(number: signal.Signals) -> Iterator[None]:
+    """A signal that comes meanwhile takes effect at the end: what is begun here has its owner by then."""
+    has_come: list[int] = []
+    before = signal.signal(number, lambda *_: has_come.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(number, before)
+        if has_come:
+            signal.raise_signal(number)
 
 
 def _stop(process: subprocess.Popen[str]) -> None:
