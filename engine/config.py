@@ -78,7 +78,8 @@ class EngineConfig:
     max_lead_s: a stream further ahead of its playback than this yields to others.
     first_chunk_s, max_chunk_s: the first piece of audio, and the largest.
     vocoder_workers: fewest and most Ray workers; vocoder_cpus, vocoder_gpus: each one's share.
-    ray_address: a running cluster to join; None starts a local Ray.
+    ray_address: a running cluster to join; None starts a local Ray. A cluster's nodes should be started with
+        RAY_worker_niceness=0: left to itself, Ray gives vocoder workers the lowest share of a busy CPU.
     num_threads: CPU threads of the engine's arithmetic. None takes torch's own number, less a core for a local Ray
     worker, and at most 4: beyond that MKL splits some sums between threads, and a row's bits depend on its neighbours.
 

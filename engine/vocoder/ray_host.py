@@ -140,6 +140,8 @@ class RayHost:
         # Ray's GCS keeps the last 100,000 calls for a dashboard that is not there.
         os.environ.setdefault("RAY_task_events_report_interval_ms", "0")
         os.environ.setdefault("RAY_gcs_rpc_server_reconnect_timeout_s", str(_FOR_EVER_S))
+        # Ray's workers are nice (15), for they are thought of as batch work: listeners wait for these.
+        os.environ.setdefault("RAY_worker_niceness", "0")
         # Its notices (token authentication); errors stay.
         logging.getLogger("ray").setLevel(logging.ERROR)
         if join.address is None:
