@@ -172,10 +172,12 @@ def _voice(result: Result) -> list[Table]:
     ]
     lengths = [(name.replace("_", " "), value) for name, value in result["lengths"].items()]
     lengths.append(("seconds of computing for a second of audio", result["seconds_per_audio_second"]))
-    return [
+    tables = [
         Table(("who", "word errors %", "of said.tsv %", "DNSMOS", "seconds heard"), rows),
         Table(("lengths by the teacher's, and cost", "value"), lengths),
     ]
+    alike = [_named(pair, "one", "other", "cosine") for pair in result.get("likeness", [])]
+    return [*tables, Table(("one speaker", "another", "cosine of their embeddings"), alike)] if alike else tables
 
 
 def _zonos(result: Result) -> list[Table]:
@@ -340,7 +342,7 @@ FIGURES: tuple[Figure, ...] = (
     Figure(
         "voice",
         "What a recogniser hears of the embedded voice",
-        ("benchmarks/voice.py", "--sentences", "24", "--lengths", "60"),
+        ("benchmarks/voice.py", "--sentences", "24", "--lengths", "60", "--voice", "lark", "rook", "wren"),
         _voice,
         minutes=4,
         quick=("--quick",),

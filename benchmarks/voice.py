@@ -5,8 +5,10 @@ phonemes, and an offline recogniser writes down what it hears. Word error rate: 
 word of the text. Babble: a sentence with more than half of its words wrong. DNSMOS: a network's guess at a listener's
 overall mark, 1 to 5. Length: the voice's durations by the teacher's; a cut-off is under 0.6 of it, a runaway over 1.6,
 counted over --lengths texts: the sentences, and beginnings of them from one word up. said.tsv holds numbers, dates,
-money, abbreviations, initials and names, with the words that must be heard. Speakers are told apart by the median pitch
-and the mean spectrum. The real-time factor is the seconds of one core per second of audio, one stream at a time.
+money, abbreviations, initials and names, with the words that must be heard. Speakers are told apart by median pitch,
+mean spectrum and, where `pip install --no-deps resemblyzer` was run, a network that verifies speakers: the mean cosine
+of its embeddings of any two of 8 sentences, of one speaker and of two. The real-time factor is the seconds of one core
+per second of audio, one stream at a time.
 
     python benchmarks/voice.py [--model FOLDER] [--voice NAME ...] [--sentences 200] [--lengths 500] [--quick]
 
@@ -16,6 +18,8 @@ Needs `pip install declaim[train]`.
 from __future__ import annotations
 
 import argparse
+import importlib.util
+import itertools
 import re
 import sys
 import time
@@ -30,6 +34,7 @@ import torch
 from numpy.typing import NDArray
 
 from declaim.engine import Engine, EngineConfig, SamplingParams, SpeechRequest
+from declaim.engine.codec.mel import slaney_mel_filters
 from declaim.engine.models.base import PromptSettings
 from declaim.engine.models.lark import MAX_SEGMENT_CHARS, LarkModel
 from declaim.engine.request import EncodedVoice
@@ -109,14 +114,12 @@ class Dnsmos:
     POLYNOMIAL = (-0.06766283, 1.11546468, 0.04602535)
 
     def __init__(self) -> None:
-        import importlib.util
-
         import onnxruntime
 
-        spec = importlib.util.find_spec("speechmos")
-        if spec is None or spec.origin is None:
+        folder = folder_of("speechmos")
+        if folder is None:
             raise ModuleNotFoundError("no package speechmos: pip install speechmos")
-        path = Path(spec.origin).parent / "dnsmos_models" / "sig_bak_ovr.onnx"
+        path = folder / "dnsmos_models" / "sig_bak_ovr.onnx"
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = options.inter_op_num_threads = 1
         self._session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
@@ -127,6 +130,56 @@ class Dnsmos:
         begins = range(0, len(repeated) - self.LENGTH + 1, LISTENING_RATE_HZ)
         marks = [self._session.run(None, {"input_1": repeated[None, b : b + self.LENGTH]})[0][0][2] for b in begins]
         return float(np.mean(np.polyval(self.POLYNOMIAL, np.array(marks, np.float64))))
+
+
+class SpeakerEmbedding:
+    """A network that verifies speakers, trained on thousands of them; the weights in `folder`, of the wheel
+    `resemblyzer` (Apache-2.0). Source: Wan et al. 2018 (GE2E)."""
+
+    SIZE, NUM_BANDS, NUM_FRAMES, STEP_FRAMES = 256, 40, 160, 77  # of 10 ms; 1.3 windows of 1.6 s begin each second
+    LEAST_RMS = 10**-1.5  # quieter audio is made so loud: -30 dB
+
+    def __init__(self, folder: Path) -> None:
+        weights = torch.load(folder / "pretrained.pt", map_location="cpu", weights_only=True)["model_state"]
+        self._lstm = torch.nn.LSTM(self.NUM_BANDS, self.SIZE, num_layers=3, batch_first=True)
+        self._linear = torch.nn.Linear(self.SIZE, self.SIZE)
+        for name, module in (("lstm.", self._lstm), ("linear.", self._linear)):
+            module.load_state_dict({key.removeprefix(name): t for key, t in weights.items() if key.startswith(name)})
+        rate = LISTENING_RATE_HZ
+        self._filters = slaney_mel_filters(rate, rate // 40, num_mels=self.NUM_BANDS, fmin=0, fmax=rate / 2)
+
+    @torch.inference_mode()
+    def of(self, audio: Audio) -> torch.Tensor:
+        """audio: float32 [S] at 16 kHz -> float32 [256], of length 1."""
+        wave = torch.from_numpy(audio)
+        wave = wave * max(1.0, self.LEAST_RMS / float(wave.square().mean().sqrt()))
+        size, step = LISTENING_RATE_HZ // 40, LISTENING_RATE_HZ // 100
+        spectrum = torch.stft(
+            wave, size, step, window=torch.hann_window(size), pad_mode="constant", return_complex=True
+        )
+        bands = spectrum.abs().square().T @ self._filters
+        bands = torch.nn.functional.pad(bands, (0, 0, 0, max(0, self.NUM_FRAMES - len(bands))))
+        windows = bands.unfold(0, self.NUM_FRAMES, self.STEP_FRAMES).transpose(1, 2)
+        _, (hidden, _) = self._lstm(windows)
+        each = torch.nn.functional.normalize(self._linear(hidden[-1]).relu(), dim=1)
+        return torch.nn.functional.normalize(each.mean(0), dim=0)
+
+
+def folder_of(package: str) -> Path | None:
+    """Where an installed package lies; it is not imported."""
+    spec = importlib.util.find_spec(package)
+    return None if spec is None or spec.origin is None else Path(spec.origin).parent
+
+
+def likeness(embeddings: dict[str, torch.Tensor]) -> list[dict[str, Any]]:
+    """Mean cosine of any two embeddings [N, C], each of another sentence, of each speaker and of each two speakers."""
+    pairs = itertools.combinations_with_replacement(embeddings, 2)
+    return [{"one": a, "other": b, "cosine": _mean_cosine(embeddings[a], embeddings[b])} for a, b in pairs]
+
+
+def _mean_cosine(one: torch.Tensor, other: torch.Tensor) -> float:
+    cosines = one @ other.T
+    return float((cosines.sum() - cosines.trace()) / (cosines.numel() - len(cosines)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -292,12 +345,19 @@ def measure(
     if not isinstance(model, LarkModel):
         raise SystemExit(f"{engine.model_name} is no voice of the lark family: name a folder that is")
     recogniser, dnsmos, teacher = Recogniser(), Dnsmos(), teacher_of(model)
-    texts, result = held_out(num_sentences), {}
+    texts = held_out(num_sentences)
+    result: dict[str, Any] = {}
     speakers = {"teacher": teacher} | {voice or "default": speaker_of(engine, voice) for voice in voices}
+    folder = folder_of("resemblyzer")
+    embedding = None if folder is None else SpeakerEmbedding(folder)
+    embeddings: dict[str, torch.Tensor] = {}
     for name, speak in speakers.items():
         sentences = listen(speak, texts, recogniser, dnsmos)
         front_end = listen(speak, said()[:: max(1, 40 // num_sentences)], recogniser)
-        spoken = np.concatenate([speak(text, seed) for seed, (text, _) in enumerate(texts[:8])])
+        each = [speak(text, seed) for seed, (text, _) in enumerate(texts[:8])]
+        spoken = np.concatenate(each)
+        if embedding is not None:
+            embeddings[name] = torch.stack([embedding.of(for_listening(audio)) for audio in each])
         result[name] = sentences.summary() | {
             "said_word_error_percent": front_end.summary()["word_error_percent"],
             "pitch_hz": median_pitch_hz(spoken),
@@ -315,6 +375,7 @@ def measure(
         "runaway_percent": 100 * float((ratios > RUNAWAY).mean()),
     }
     result["seconds_per_audio_second"] = seconds_per_second(engine, plain, voices[0])
+    result["likeness"] = likeness(embeddings)
     return result
 
 
@@ -361,6 +422,9 @@ def main() -> int:
         rows,
     )
     machine.print_table("lengths by the teacher's", ("of", "value"), list(result["lengths"].items()))
+    if result["likeness"]:
+        alike = [tuple(pair.values()) for pair in result["likeness"]]
+        machine.print_table("how alike speakers are", ("one", "other", "cosine"), alike)
     per_second = result["seconds_per_audio_second"]
     machine.CONSOLE.print(f"{per_second:.3f} s of computing per second of audio, {args.threads} thread(s)")
     machine.end(document, result)

