@@ -115,7 +115,7 @@ def serving_app(serving: Serving, database: Database, options: ServerOptions, *,
     open_sockets = make_socket_gauge()
     places = SocketPlaces(SocketLimits(), on_change=open_sockets.set)
     routers = [
-        build_voices_router(voices, gate, lists_publicly=settings.public_listings),
+        build_voices_router(voices, gate, check_open=serving.engine, lists_publicly=settings.public_listings),
         build_lexicon_router(lexicons, gate),
         build_usage_router(gate, database),
         build_live_router(live, places),

@@ -412,9 +412,12 @@ def _file(form: Form, name: str) -> bytes:
     return form.files[name]
 
 
-def build_voices_router(store: VoiceStore, gate: Gate, *, lists_publicly: bool = False) -> APIRouter:
+def build_voices_router(
+    store: VoiceStore, gate: Gate, *, check_open: Callable[[], object], lists_publicly: bool = False
+) -> APIRouter:
     """GET, POST and DELETE of voices and consents.
 
+    check_open: raises NotReady where no new work is taken, a server that is told to stop among them.
     lists_publicly: GET /v1/audio/voices without a key lists the model's own voices, since Open WebUI sends none.
     """
     router = APIRouter()
@@ -424,6 +427,7 @@ def build_voices_router(store: VoiceStore, gate: Gate, *, lists_publicly: bool =
         async with AsyncExitStack() as stack:
             try:
                 caller = await caller_of(gate, request)
+                check_open()
                 await stack.enter_async_context(store.upload_slot(caller.tenant))
             except DeclaimError:
                 # Read to its end: a client that is still sending would meet a reset, not this answer.

@@ -66,8 +66,7 @@ class EngineConfig:
     max_batch: sequences in one step. max_waiting: sequences that may wait beyond those; more are refused.
     shed: who is refused: "full" lets streams wait until there are max_waiting; "late", which `declaim serve` takes,
     also refuses whoever would be served slower than they listen, judged by the last steps, unless somebody is likely to
-    leave soon, and so spares those who are
-    being served. Requests that nobody listens to wait in either case.
+    leave soon, and so spares those who are being served. Requests that nobody listens to wait in either case.
     memory_gb: for everything: weights, codec, CUDA's context, graphs and workspaces, KV cache; None takes 90 % of a
     GPU's free memory, or three quarters of the host's.
     offload: on a GPU, "text" keeps what reads the text on the CPU, "none" nothing, not even what encodes reference
@@ -78,8 +77,8 @@ class EngineConfig:
     max_lead_s: a stream further ahead of its playback than this yields to others.
     first_chunk_s, max_chunk_s: the first piece of audio, and the largest.
     vocoder_workers: fewest and most Ray workers; vocoder_cpus, vocoder_gpus: each one's share.
-    ray_address: a running cluster to join; None starts a local Ray. A cluster's nodes should be started with
-        RAY_worker_niceness=0: left to itself, Ray gives vocoder workers the lowest share of a busy CPU.
+    ray_address: a running cluster to join; None starts a local Ray. Start a cluster's nodes with RAY_worker_niceness=0:
+    left to itself, Ray gives vocoder workers the smallest part of a busy CPU.
     num_threads: CPU threads of the engine's arithmetic. None takes torch's own number, less a core for a local Ray
     worker, and at most 4: beyond that MKL splits some sums between threads, and a row's bits depend on its neighbours.
 

@@ -346,7 +346,10 @@ def serving(folder: Path, engine: FakeEngine) -> Iterator[str]:
     database = migrated(folder)
     serving = Serving(lambda: engine)
     voices = VoiceStore(serving.engine, database)
-    routers = [build_voices_router(voices, OpenGate()), build_page_router(serving, max_input_chars=4096)]
+    routers = [
+        build_voices_router(voices, OpenGate(), check_open=serving.engine),
+        build_page_router(serving, max_input_chars=4096),
+    ]
     try:
         with served(create_app(serving, voices=voices, routers=routers)) as address:
             assert eventually(lambda: serving.stage == "ready")

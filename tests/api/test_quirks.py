@@ -144,7 +144,7 @@ def test_quirk_04_listings_are_public_where_the_operator_says_so(tmp_path: Path,
     database.migrate()
     voices = VoiceStore(serving.engine_for_accepted, database)
     for is_public, status in ((True, 200), (False, 401)):
-        routers = [build_voices_router(voices, gate, lists_publicly=is_public)]
+        routers = [build_voices_router(voices, gate, check_open=serving.engine, lists_publicly=is_public)]
         settings = ApiSettings(public_listings=is_public)
         app = create_app(serving, gate=gate, voices=voices, settings=settings, routers=routers)
         assert ask(app, "GET", path).status_code == status

@@ -93,6 +93,9 @@ def test_a_server_told_to_stop_ends_its_streams_and_refuses_new_ones(tmp_path: P
             refused = httpx.post(url + SPEECH, json=BODY)
             assert refused.status_code == 503 and int(refused.headers["retry-after"]) >= 1
             assert refused.json()["error"]["code"] == "server_is_overloaded"
+            form = {"name": (None, "Mia"), "audio_sample": ("mia.wav", b"RIFF" * 1000, "audio/wav")}
+            upload = httpx.post(url + "/v1/audio/voices", files=form)
+            assert upload.status_code == 503 and "another one will answer" in upload.json()["error"]["message"]
             data += b"".join(parts)
         assert len(data) == 2 * 20 * 5 * 960
         assert process.wait(10) == 0

@@ -139,7 +139,7 @@ def world_at(path: Path, engine: FakeEncoder | None = None, **limits: object) ->
     store = VoiceStore(lambda: engine, database, limits=replace(VoiceLimits(), **limits))  # type: ignore[arg-type]
     app = FastAPI(redirect_slashes=False)
     install_error_handlers(app)
-    app.include_router(build_voices_router(store, KeyNames(), lists_publicly=True))
+    app.include_router(build_voices_router(store, KeyNames(), check_open=lambda: engine, lists_publicly=True))
     try:
         with TestClient(app, raise_server_exceptions=False) as client:
             yield World(client, store, engine, database)
