@@ -196,6 +196,8 @@ class RequestStream:
             self.num_underruns += 1
         self.playback.delivered_s += len(samples) / self._codec.sample_rate_hz
         self._num_untold += num_frames
+        # A word may begin in silence that is held back.
+        told = [word for word in self._untold_words if is_last or word.start_s < self.playback.delivered_s]
         if len(samples) or is_last:
             self.sink.deliver(
                 AudioChunk(
@@ -206,11 +208,11 @@ class RequestStream:
                     sample_rate_hz=self._codec.sample_rate_hz,
                     is_last=is_last,
                     finish_reason=reason,
-                    words=tuple(self._untold_words),
+                    words=tuple(told),
                 )
             )
             self._num_untold = 0
-            self._untold_words = []
+            self._untold_words = self._untold_words[len(told) :]
         self.finish_reason = reason
 
     def _joint_of(self, segment: int) -> Joint:
