@@ -4,7 +4,7 @@ Method. A `declaim serve` of its own with its defaults, but for the vocoder, whi
 machine with two cores Ray's worker and this tester would share one. Poisson arrivals of the load tester's texts, longer
 ones left out: those that take more than --max-chars. `declaim bench serve --saturation` finds the highest rate at
 which 95 % of the requests are heard within the objective and no player that buffers 100 ms runs dry, then offers 70 %
-and 150 % of it. A second to the first audible sound is asked for: the embedded voice begins with 0.3 s of silence.
+and 150 % of it. A second to the first audible sound is asked for.
 What should hold then is told, and whether it does; the exit status is 1 if anything does not.
 
     python benchmarks/saturation.py [--rate 2] [--seconds 30] [--first-audio-ms 1000] [--serve "--max-batch 16"]

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 # Full scale is 1: what a model leaves between sentences is below a third of this, the softest consonant above.
 _SILENT = 0.01
 _HEAD_S = 0.1
-_TAIL_S = 0.2
+_TAIL_S = 0.25
 # After the last sentence of a paragraph.
 _PARAGRAPH_TAIL_S = 0.5
 

@@ -37,8 +37,8 @@ SPEECH: Spans = [(0.0, 320), (0.5, 800), (0.001, 400), (-0.5, 300), (0.0, 520)]
 @pytest.mark.parametrize(
     ("ends", "head", "tail"),
     [
-        ({}, 100, 200),
-        ({"is_first": True}, 320, 200),
+        ({}, 100, 250),
+        ({"is_first": True}, 320, 250),
         ({"is_last": True}, 100, 520),
         ({"is_first": True, "is_last": True}, 320, 520),
         ({"ends_paragraph": True}, 100, 500),
@@ -74,14 +74,14 @@ def test_any_windows_give_the_same_samples(spans: Spans, cuts: list[int], is_fir
         np.testing.assert_array_equal(whole, samples)
     elif len(sounds):
         first = 0 if is_first else max(0, sounds[0] - 100)
-        last = len(samples) if is_last else min(len(samples), sounds[-1] + 1 + 200)
+        last = len(samples) if is_last else min(len(samples), sounds[-1] + 1 + 250)
         np.testing.assert_array_equal(whole, samples[first:last])
 
 
 def test_speech_is_never_held_and_a_first_segment_is_given_from_its_first_sample_on() -> None:
     windows = given_of(wave(SPEECH), [100, 700, 1300, 1520, 1900], is_first=True)
     # The pause inside holds its end back until speech goes on.
-    assert [len(window) for window in windows] == [100, 600, 600, 20, 580, 120]
+    assert [len(window) for window in windows] == [100, 600, 600, 70, 530, 170]
 
 
 def test_a_segment_of_silence_is_a_short_one() -> None:

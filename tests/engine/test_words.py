@@ -165,7 +165,7 @@ def test_speech_is_where_the_words_are_and_silence_where_none_is(engine: Engine)
     def level(part: np.ndarray) -> float:
         return float(np.sqrt(np.mean(part**2)))
 
-    assert level(audio[is_word]) > 20 * level(audio[~is_word])
+    assert level(audio[is_word]) > 10 * level(audio[~is_word])
 
 
 def test_times_follow_the_speed(engine: Engine) -> None:
@@ -196,7 +196,8 @@ def test_later_segments_are_timed_where_they_are_heard_after_a_pause(engine: Eng
     for first in firsts[1:]:
         near = sounds_s[np.abs(sounds_s - first.start_s) < 0.6]
         rest = int(np.argmax(np.diff(near)))
-        # 0.2 s after a sentence's last sound and 0.1 s before the next one's first, which its first word begins with.
+        # 0.25 s after a sentence's last sound and up to 0.05 s before the next one's first, which its first word begins
+        # with.
         assert 0.25 <= near[rest + 1] - near[rest] <= 0.31
         assert abs(near[rest + 1] - first.start_s) < 0.12
     times = [time for word in words for time in (word.start_s, word.end_s)]
