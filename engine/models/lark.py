@@ -191,7 +191,7 @@ class _TextSide:
         """int64 [L] -> [L, encoder_hidden]."""
         x, angles = self.embedding[text_ids], self.angles[: len(text_ids)]
         if self.speakers is not None:
-            x = x + self.speakers[text_ids[0]]
+            x = x + self.speakers[text_ids[:1]]  # a slice: an element would be waited for
         for attention, feed_forward in self.layers:
             x = full_attention(x, attention, config.encoder_shape, eps=config.eps, angles=angles)
             x = mlp(x, feed_forward, eps=config.eps)
