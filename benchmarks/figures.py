@@ -344,7 +344,7 @@ FIGURES: tuple[Figure, ...] = (
         "What a recogniser hears of the embedded voice",
         ("benchmarks/voice.py", "--sentences", "24", "--lengths", "60", "--voice", "lark", "rook", "wren"),
         _voice,
-        minutes=4,
+        minutes=8,
         quick=("--quick",),
     ),
     Figure(

@@ -192,7 +192,7 @@ class Sequence:
         self.finish_reason = "stop" if num_frames <= self.prompt.max_frames else "length"
 
     def time_words(self, durations_s: NDArray[np.float32]) -> None:
-        """Tell when the prompt's words are heard, of how long each of its ids lasts. durations_s: [len(text_ids)]."""
+        """Tell when the prompt's words are heard, of how long each of its ids is. durations_s: [len(text_ids)]."""
         ends = np.concatenate([[0.0], np.cumsum(durations_s, dtype=np.float64)])
         self.words = tuple(
             Word(word.text, float(ends[word.first]), float(ends[word.last])) for word in self.prompt.words

@@ -196,9 +196,9 @@ class RequestStream:
             self.num_underruns += 1
         self.playback.delivered_s += len(samples) / self._codec.sample_rate_hz
         self._num_untold += num_frames
-        # A word may begin in silence that is held back.
-        told = [word for word in self._untold_words if is_last or word.start_s < self.playback.delivered_s]
         if len(samples) or is_last:
+            # A word may begin in silence that is held back.
+            told = [word for word in self._untold_words if is_last or word.start_s < self.playback.delivered_s]
             self.sink.deliver(
                 AudioChunk(
                     request_id=self.request_id,

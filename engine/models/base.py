@@ -31,7 +31,7 @@ class Prefill:
     side: [num_rows, C], added to the embedding of each row.
     cross: K and V of every cross-attention layer, each [cross_len, kv_heads, head_dim].
     num_frames: the length, where the family knows it before the first step.
-    durations_s: float32 [len(text_ids)], how long each id of the prompt lasts, where the family knows it.
+    durations_s: float32 [len(text_ids)], how long each id of the prompt is heard, where the family knows it.
     """
 
     prefix: torch.Tensor | None = None

@@ -23,9 +23,9 @@ from multiprocessing.connection import Connection
 from declaim.engine.errors import EngineError
 
 HOW_TO_JOIN = (
-    "start a cluster there with `ray start --head --port=6379`, join this machine to it with "
-    "`ray start --address=HOST:6379`, set RAY_AUTH_MODE=token here if the cluster asks for its token, check the "
-    "firewall, or leave the address unset for a local Ray"
+    "start a cluster there with `RAY_worker_niceness=0 ray start --head --port=6379`, join this machine to it with "
+    "`RAY_worker_niceness=0 ray start --address=HOST:6379`, set RAY_AUTH_MODE=token here if the cluster asks for its "
+    "token, check the firewall, or leave the address unset for a local Ray"
 )
 _LEAVE_TIMEOUT_S = 10.0
 # The module by name and not as a script: what Ray pickles of it must be found under that name by the workers.
