@@ -83,11 +83,11 @@ from declaim.engine.spec import ModelSpec
 from declaim.engine.stats import EngineStats
 from declaim.engine.stream import Event, Finished, RequestStream, Sink
 from declaim.engine.text import TextOptions
-from declaim.engine.threads import one_thread
 from declaim.engine.vocoder.base import Vocoder, Wake, WorkerPool
 from declaim.engine.vocoder.inline import InlineVocoder
 from declaim.engine.words import Segment
 from declaim.kernels import backend
+from declaim.kernels.threads import one_thread
 
 log = logging.getLogger(__name__)
 

@@ -21,7 +21,7 @@ from declaim.engine.parts import is_zonos
 from declaim.engine.progress import Progress, ignore_progress
 from declaim.engine.safetensors_io import freed_at_once, read_json
 from declaim.engine.spec import CodecSpec
-from declaim.engine.threads import one_thread
+from declaim.kernels.threads import one_thread
 
 log = logging.getLogger(__name__)
 

@@ -2,7 +2,8 @@
 
 One plan serves all layers of a step. A position's result has the same bits whether it is decoded, prefilled in a chunk
 of any size, or recomputed, and whatever runs beside it. On the CPU each position attends by itself, over a view of the
-cache where its blocks neighbour each other and over a copy where they do not. On the GPU a context is cut into chunks
+cache where its blocks neighbour each other and over a copy where they do not; on one core where products of few rows
+depend on where a thread's memory begins (`row_counts.py`). On the GPU a context is cut into chunks
 of CHUNK positions, whatever the batch; `_attend_chunk` takes one of them and `_merge` joins them first to last, for all
 kernels alike, so that how many programs share a context changes nothing.
 """
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -19,8 +21,12 @@ import triton
 import triton.language as tl
 
 from declaim.kernels import backend
+from declaim.kernels.row_counts import takes_pairs
+from declaim.kernels.threads import one_thread
 
 CHUNK = 256
+FEW_ROWS = 4  # a product of so many has the same bits wherever its operands begin
+ALIGNED_DIMS = 16  # 64 bytes
 LOG2_E = math.log2(math.e)
 
 # Programs that a decode step is cut into for each multiprocessor, so that their loads hide each other's latency.
@@ -512,9 +518,10 @@ def paged_attention(
         return torch.empty_like(q)
     ordered = q.index_select(0, plan.cpu.order).view(num_queries, num_kv_heads, num_heads // num_kv_heads, head_dim)
     parts = ordered.split([len(read.queries) for read in plan.cpu.reads])
-    attended = [
-        _attend(part, k_cache, v_cache, read, scale=scale) for part, read in zip(parts, plan.cpu.reads, strict=True)
-    ]
+    with nullcontext() if num_heads // num_kv_heads >= FEW_ROWS or takes_pairs() else one_thread():
+        attended = [
+            _attend(part, k_cache, v_cache, read, scale=scale) for part, read in zip(parts, plan.cpu.reads, strict=True)
+        ]
     return torch.cat(attended).index_select(0, plan.cpu.restore).view(num_queries, num_heads, head_dim)
 
 
@@ -672,7 +679,11 @@ def _attend(
         return torch.zeros_like(q)
     if read.blocks is not None:
         k_cache, v_cache = _gather(k_cache, read.blocks), _gather(v_cache, read.blocks)
-    return F.scaled_dot_product_attention(q, _runs(k_cache, read), _runs(v_cache, read), scale=scale)
+    k, v, head_dim = _runs(k_cache, read), _runs(v_cache, read), q.shape[-1]
+    missing = -head_dim % ALIGNED_DIMS
+    if missing and q.shape[2] < FEW_ROWS:  # where a position begins would depend on which it is
+        q, k, v = (F.pad(x, (0, missing)) for x in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, scale=scale)[..., :head_dim]
 
 
 def _runs(cache: torch.Tensor, read: _Read) -> torch.Tensor:

@@ -3,10 +3,11 @@
 On the GPU they are kernels/matmul.py and kernels/int4.py. On the CPU torch's int4 product keeps the law as it is, and
 dense layers have two ways, chosen by a layer's size when it is packed. A large float32 weight is laid out for oneDNN,
 whose product sums every row in the same order whatever the batch and the number of threads. A small one (where oneDNN's
-call costs more than it saves) or one of another dtype is kept [in, out], and rows go through the GEMM 2 to 16 at a
-time; that holds up to 4 threads. Either way a row computed alone, in a batch, in a long prefill, or again after a
-preemption has the same bits. With the usual `F.linear` they change between 1, 2-12 and 16+ rows, and 16 or 32 rows take
-twice as long; see benchmarks/LOG.md.
+call costs more than it saves) or one of another dtype is kept [in, out], and rows go through the GEMM up to 16 at a
+time, as many as have the bits of 16 on this processor: 2 or more on Intel's, 4 or more on AMD's, where MKL takes fewer
+by another kernel (`row_counts.py`). That holds up to 4 threads. Either way a row computed alone, in a batch, in a long
+prefill, or again after a preemption has the same bits. With the usual `F.linear` they change between 1, 2-12 and 16+
+rows, and 16 or 32 rows take twice as long; see benchmarks/LOG.md.
 """
 
 from __future__ import annotations
@@ -20,9 +21,10 @@ from declaim.kernels import backend
 from declaim.kernels.activation import silu_and_mul
 from declaim.kernels.int4 import CpuInt4Weight, Int4Weight, w4a16_matmul
 from declaim.kernels.matmul import finish, matmul
+from declaim.kernels.row_counts import TILE_ROWS, equal_counts, takes_pairs
 
-TILE_ROWS = 16
 ONEDNN_MIN_WEIGHTS = 700_000
+ONEDNN_MIN_WEIGHTS_PADDED = 64_000  # where the GEMM computes rows that nobody asked for
 _ONEDNN_ROWS_HINT = 16  # the batch the layout is chosen for; any batch may use it
 _GPU_OUT_MULTIPLE = 16  # rows of the weight then begin at 32 bytes, and are read 16 bytes at a time
 
@@ -46,7 +48,7 @@ def pack_linear(weight: torch.Tensor, *, bias: torch.Tensor | None = None) -> Li
     num_out = weight.shape[0]
     if backend.use_triton(weight):
         return Linear(F.pad(weight.t(), (0, -num_out % _GPU_OUT_MULTIPLE)).contiguous(), bias, num_out, is_packed=False)
-    is_large = weight.numel() >= ONEDNN_MIN_WEIGHTS
+    is_large = weight.numel() >= (ONEDNN_MIN_WEIGHTS if takes_pairs() else ONEDNN_MIN_WEIGHTS_PADDED)
     if is_large and weight.device.type == "cpu" and weight.dtype == torch.float32 and _has_onednn():
         packed = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), _ONEDNN_ROWS_HINT)
         return Linear(packed, bias, num_out, is_packed=True)
@@ -99,14 +101,22 @@ def _matmul_by_tiles(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     if weight.shape[1] == 1:
         # One column takes a matrix-vector product, which sums in another order.
         return _matmul_by_tiles(x, weight.expand(-1, 2).contiguous())[:, :1].contiguous()
-    if num_rows == 1:
-        # So does one row.
-        return torch.mm(x.expand(2, -1), weight)[:1]
-    if num_rows <= TILE_ROWS:
-        return x @ weight
-    out = x.new_empty(num_rows, weight.shape[1])
-    num_tiles = -(-num_rows // TILE_ROWS)
-    edges = [num_rows * i // num_tiles for i in range(num_tiles + 1)]
-    for begin, end in zip(edges, edges[1:], strict=False):
-        torch.mm(x[begin:end], weight, out=out[begin:end])
-    return out
+    if num_rows > TILE_ROWS:
+        out = x.new_empty(num_rows, weight.shape[1])
+        num_tiles = -(-num_rows // TILE_ROWS)
+        edges = [num_rows * i // num_tiles for i in range(num_tiles + 1)]
+        for begin, end in zip(edges, edges[1:], strict=False):
+            _matmul_tile(x[begin:end], weight, out=out[begin:end])
+        return out
+    return _matmul_tile(x, weight)
+
+
+def _matmul_tile(x: torch.Tensor, weight: torch.Tensor, *, out: torch.Tensor | None = None) -> torch.Tensor:
+    """Up to TILE_ROWS rows, with others beside them where so many alone would be summed differently."""
+    num_rows = x.shape[0]
+    count = next((c for c in equal_counts(x.dtype, torch.get_num_threads()) if c >= num_rows), TILE_ROWS)
+    if count == num_rows:
+        return torch.mm(x, weight, out=out)
+    padded = x.expand(count, -1) if num_rows == 1 else F.pad(x, (0, 0, 0, count - num_rows))
+    product = torch.mm(padded, weight)[:num_rows]
+    return product if out is None else out.copy_(product)

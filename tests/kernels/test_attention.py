@@ -16,7 +16,16 @@ from declaim.kernels.attention import paged_attention, paged_attention_reference
 from declaim.kernels.kv_cache import allocate_cache, write_cache
 
 CPU = torch.device("cpu")
-SHAPES = [(1, 1, 16, 4), (2, 2, 24, 16), (4, 3, 64, 8), (2, 4, 32, 16), (1, 8, 64, 32), (3, 1, 128, 5), (5, 1, 33, 7)]
+SHAPES = [
+    (1, 1, 16, 4),
+    (2, 2, 24, 16),
+    (4, 3, 64, 8),
+    (2, 4, 32, 16),
+    (1, 8, 64, 32),
+    (3, 1, 128, 5),
+    (5, 1, 33, 7),
+    (1, 5, 33, 7),
+]
 TOLERANCE = 2e-6  # of the largest value: sums of float32 products in another order
 
 
