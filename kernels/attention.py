@@ -681,7 +681,7 @@ def _attend(
         k_cache, v_cache = _gather(k_cache, read.blocks), _gather(v_cache, read.blocks)
     k, v, head_dim = _runs(k_cache, read), _runs(v_cache, read), q.shape[-1]
     missing = -head_dim % ALIGNED_DIMS
-    if missing and q.shape[2] < FEW_ROWS:  # where a position begins would depend on which it is
+    if missing:  # where a position begins would depend on which it is
         q, k, v = (F.pad(x, (0, missing)) for x in (q, k, v))
     return F.scaled_dot_product_attention(q, k, v, scale=scale)[..., :head_dim]
 
