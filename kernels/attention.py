@@ -21,11 +21,10 @@ import triton
 import triton.language as tl
 
 from declaim.kernels import backend
-from declaim.kernels.row_counts import takes_pairs
+from declaim.kernels.row_counts import equal_counts, takes_pairs
 from declaim.kernels.threads import one_thread
 
 CHUNK = 256
-FEW_ROWS = 4  # a product of so many has the same bits wherever its operands begin
 ALIGNED_DIMS = 16  # 64 bytes
 LOG2_E = math.log2(math.e)
 
@@ -518,7 +517,7 @@ def paged_attention(
         return torch.empty_like(q)
     ordered = q.index_select(0, plan.cpu.order).view(num_queries, num_kv_heads, num_heads // num_kv_heads, head_dim)
     parts = ordered.split([len(read.queries) for read in plan.cpu.reads])
-    with nullcontext() if num_heads // num_kv_heads >= FEW_ROWS or takes_pairs() else one_thread():
+    with nullcontext() if _keeps_bits_in_parallel(num_heads // num_kv_heads, q.dtype) else one_thread():
         attended = [
             _attend(part, k_cache, v_cache, read, scale=scale) for part, read in zip(parts, plan.cpu.reads, strict=True)
         ]
@@ -669,6 +668,11 @@ def _check(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, plan: 
             raise ValueError(f"{name} must be int32, neighbours in memory, not {tensor.dtype} of {tensor.stride()}")
     if scale <= 0:
         raise ValueError(f"scale must be above 0, not {scale}")
+
+
+def _keeps_bits_in_parallel(group: int, dtype: torch.dtype) -> bool:
+    """Whether products of `group` rows are the same on whichever of this process' threads, and on all of them."""
+    return takes_pairs() or group in equal_counts(dtype, torch.get_num_threads())
 
 
 def _attend(
