@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from collections.abc import Sequence as Items
 from dataclasses import dataclass, replace
+from itertools import accumulate
 
 import numpy as np
 import torch
@@ -58,9 +59,9 @@ class _Run:
 
     def codes(self) -> list[NDArray[np.int32]]:
         """The codes of each position's row, those of row 0 within the prefix. num_positions times [Q]."""
-        rows = self.rows
-        behind = self.sequence.rows[rows.start : rows.stop]
-        return self.sequence.rows[:1] * self.num_prefix + behind if self.num_prefix else behind
+        first, num_prefix = self.first - self.sequence.prompt.prefix_len, self.num_prefix
+        behind = self.sequence.rows[first + num_prefix : first + self.num_positions]
+        return self.sequence.rows[:1] * num_prefix + behind if num_prefix else behind
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -280,7 +281,7 @@ class Runner:
         slots = [
             slot for table, run in zip(tables, runs, strict=True) for slot in self._slots(table, run.first, run.end)
         ]
-        starts = np.concatenate([[0], np.cumsum(counts)])
+        starts = list(accumulate(counts, initial=0))
         last = [end - 1 for run, end in zip(runs, starts[1:], strict=True) if run.draws]
         conditional = [run for run in runs if run.branch == 0]
         return StepContext(
@@ -316,15 +317,16 @@ class Runner:
             device=self._model.device,
         )
 
-    def _state_plan(self, runs: Items[_Run], starts: NDArray[np.int64]) -> StatePlan | None:
+    def _state_plan(self, runs: Items[_Run], starts: Items[int]) -> StatePlan | None:
         if self.states is None:
             return None
         device = self._model.device
         slots = [self.states.slot(run.sequence.sequence_id, run.branch) for run in runs]
         return StatePlan(
-            query_start=torch.from_numpy(starts.astype(np.int32)).to(device),
+            query_start=torch.tensor(starts, dtype=torch.int32, device=device),
             slots=torch.tensor(slots, device=device),
             is_new=torch.tensor([run.first == 0 for run in runs], device=device),
+            has_new=any(run.first == 0 for run in runs),
         )
 
     def _slots(self, table: Items[int], begin: int, end: int) -> list[int]:
@@ -333,17 +335,17 @@ class Runner:
 
     def _embed(self, runs: Items[_Run]) -> torch.Tensor:
         """Row embeddings, plus the side vectors of those rows; positions of the prefix take its embeddings instead."""
-        codes = np.array([row for run in runs for row in run.codes()], dtype=np.int64)
+        rows = np.concatenate([row for run in runs for row in run.codes()])
+        codes = rows.astype(np.int64).reshape(-1, self._model.spec.rule.num_codebooks)
         x = self._model.embed(torch.from_numpy(codes).to(self._model.device))
-        begin = 0
+        end = 0
         for run in runs:
-            prefill, num_prefix, rows = self._prefills[run.sequence.sequence_id], run.num_prefix, run.rows
-            behind = begin + num_prefix
-            if prefill.side is not None and rows:
-                x[behind : begin + run.num_positions] += prefill.side[rows.start : rows.stop]
+            prefill, num_prefix = self._prefills[run.sequence.sequence_id], run.num_prefix
+            begin, end = end, end + run.num_positions
+            if prefill.side is not None and num_prefix < run.num_positions:
+                x[begin + num_prefix : end] += prefill.side[run.rows.start : run.rows.stop]
             if prefill.prefix is not None and num_prefix:
-                x[begin:behind] = prefill.prefix[run.branch, run.first : run.first + num_prefix]
-            begin += run.num_positions
+                x[begin : begin + num_prefix] = prefill.prefix[run.branch, run.first : run.first + num_prefix]
         return x
 
     def _history(self, drawing: Items[Entry]) -> torch.Tensor:

@@ -51,13 +51,23 @@ class DrawInputs:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Candidates:
-    """values: float32 [B, Q, K], -inf where out; ids: int64 [B, Q, K], or None where K is the whole vocabulary."""
+    """values: float32 [B, Q, K], -inf where out; ids: int64 [B, Q, K], or None where K is the whole vocabulary.
+
+    bound: float32 [B, Q, 1], finite; values below it are out, too. None where they all are at -inf.
+    """
 
     values: torch.Tensor
     ids: torch.Tensor | None
+    bound: torch.Tensor | None = None
 
     def with_values(self, values: torch.Tensor) -> Candidates:
         return Candidates(values, self.ids)
+
+    def settled(self) -> Candidates:
+        """The same without a bound."""
+        if self.bound is None:
+            return self
+        return self.with_values(self.values.masked_fill(self.values < self.bound, -math.inf))
 
     def all_ids(self) -> torch.Tensor:
         if self.ids is not None:
@@ -67,29 +77,37 @@ class Candidates:
 
 def filter_logits(inputs: DrawInputs, spec: SamplingSpec) -> Candidates:
     """Apply the family's ops in order. What is left is drawn from in proportion to softmax(values)."""
-    state = Candidates(inputs.cond, None)
+    return _apply_ops(inputs, spec).settled()
+
+
+def _apply_ops(inputs: DrawInputs, spec: SamplingSpec) -> Candidates:
+    """`filter_logits`, whose last op may have left it at a bound: to write -inf into all that is out takes longer than
+    any other op, and whoever draws at random looks at every value once anyway."""
+    # Each op may write into the values it is given: a pass over a batch's logits takes as long as all of a small op.
+    # Guidance, which comes first where there is any, makes new ones.
+    is_guided = any(isinstance(op, Guidance) for op in spec.ops[:1])
+    state = Candidates(inputs.cond if is_guided else inputs.cond.clone(), None)
     for op in spec.ops:
+        state = state.settled()
         match op:
             case Guidance():
                 state = _guide(inputs, op)
             case AllowedIds():
-                state = state.with_values(_keep_allowed(state, op))
+                _keep_allowed(state, op)
             case EosGate():
-                state = state.with_values(_gate_eos(state, op))
+                _gate_eos(state.values[:, op.codebook], state.all_ids()[:, op.codebook] == op.eos)
             case RepetitionPenalty():
-                state = state.with_values(_penalise(state, op, inputs))
+                _penalise(state, op, inputs)
             case Temperature():
                 divisors = [1.0 if p.greedy else p.temperature for p in inputs.params]
                 if any(divisor != 1.0 for divisor in divisors):
-                    state = state.with_values(state.values / _column(divisors, state.values))
+                    state.values.div_(_column(divisors, state.values))
             case TopK():
                 state = _keep_top_k(state, [0 if p.greedy else p.top_k for p in inputs.params])
             case TopP():
                 state = _keep_top_p(state, [1.0 if p.greedy else p.top_p for p in inputs.params])
             case MinP():
-                state = state.with_values(
-                    _keep_min_p(state.values, [0.0 if p.greedy else p.min_p for p in inputs.params])
-                )
+                state = _keep_min_p(state, [0.0 if p.greedy else p.min_p for p in inputs.params])
     return state
 
 
@@ -98,9 +116,9 @@ def draw(inputs: DrawInputs, spec: SamplingSpec) -> torch.Tensor:
 
     Returns int64 [B, Q]; -1 where the logits of the sequence were not finite, or nothing was left of a codebook's.
     """
-    state = filter_logits(inputs, spec)
+    state = _apply_ops(inputs, spec)
     if all(p.greedy for p in inputs.params):
-        drawn = _most_likely(state)
+        drawn = _most_likely(state.settled())
     else:
         drawn = _draw_at_random(state, inputs)
     # A sum is finite exactly if all it sums is, and takes one pass where isfinite takes three.
@@ -149,7 +167,7 @@ def _draw_at_random(state: Candidates, inputs: DrawInputs) -> torch.Tensor:
     """
     values = state.values
     device, (num_sequences, num_codebooks, width) = values.device, values.shape
-    place = _places_left(values > -math.inf)
+    place = _places_left(state)
     draw_of = place // width
     ids = place % width if state.ids is None else state.ids.flatten()[place]
     seeds = torch.tensor([p.seed for p in inputs.params], device=device)
@@ -202,7 +220,7 @@ def _largest(values: torch.Tensor, top_ks: list[int]) -> Candidates:
 def _guide(inputs: DrawInputs, op: Guidance) -> Candidates:
     """Source: Ho & Salimans 2022, equation 6, with the centre and the filter of the family."""
     if not len(inputs.guided):
-        return Candidates(inputs.cond, None)
+        return Candidates(inputs.cond.clone(), None)
     is_whole = len(inputs.guided) == len(inputs.params)
     params = [inputs.params[i] for i in inputs.guided.tolist()]
     cond = inputs.cond if is_whole else inputs.cond[inputs.guided]
@@ -233,34 +251,30 @@ def _whole(state: Candidates, *, like: torch.Tensor) -> torch.Tensor:
     return torch.full_like(like, -math.inf).scatter(-1, state.ids, state.values)
 
 
-def _keep_allowed(state: Candidates, op: AllowedIds) -> torch.Tensor:
+def _keep_allowed(state: Candidates, op: AllowedIds) -> None:
     if state.ids is not None:
         limits = torch.tensor(op.limits, device=state.ids.device)[:, None]
-        return torch.where(state.ids < limits, state.values, -math.inf)
-    # Of a whole vocabulary few ids are out, and comparing them all takes five times as long as copying them.
-    values, begin = state.values.clone(), 0
+        state.values.masked_fill_(state.ids >= limits, -math.inf)
+        return
+    begin = 0
     for limit, codebooks in groupby(op.limits):
         end = begin + len(list(codebooks))
-        values[:, begin:end, limit:] = -math.inf
+        state.values[:, begin:end, limit:] = -math.inf
         begin = end
-    return values
 
 
-def _gate_eos(state: Candidates, op: EosGate) -> torch.Tensor:
-    values, is_eos = state.values[:, op.codebook], state.all_ids()[:, op.codebook] == op.eos
+def _gate_eos(values: torch.Tensor, is_eos: torch.Tensor) -> None:
+    """values, is_eos: of the codebook that ends, [B, K]."""
     eos_value = values.masked_fill(~is_eos, -math.inf).amax(-1, keepdim=True)
     eos_leads = (eos_value >= values.amax(-1, keepdim=True)) & (eos_value > -math.inf)
-    gated = values.masked_fill(torch.where(eos_leads, ~is_eos, is_eos), -math.inf)
-    out = state.values.clone()
-    out[:, op.codebook] = gated
-    return out
+    values.masked_fill_(torch.where(eos_leads, ~is_eos, is_eos), -math.inf)
 
 
-def _penalise(state: Candidates, op: RepetitionPenalty, inputs: DrawInputs) -> torch.Tensor:
+def _penalise(state: Candidates, op: RepetitionPenalty, inputs: DrawInputs) -> None:
     """Source: Keskar et al. 2019, section 4.1; an id seen n times in the window is penalised n times, or once."""
     penalty = _column([p.repetition_penalty for p in inputs.params], state.values)
     # One id of each row and codebook a time, not all of them: a vocabulary is mostly ids that nobody saw.
-    values, history = state.values.clone(), inputs.history[:, -op.window :]
+    values, history = state.values, inputs.history[:, -op.window :]
     for w in range(history.shape[1]):
         past = history[:, w, :, None]
         place, applies = _places(state, past)
@@ -269,7 +283,6 @@ def _penalise(state: Candidates, op: RepetitionPenalty, inputs: DrawInputs) -> t
         value = values.gather(-1, place)
         penalised = torch.where(value > 0, value / penalty, value * penalty)
         values.scatter_(-1, place, torch.where(applies, penalised, value))
-    return values
 
 
 def _places(state: Candidates, wanted: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -307,17 +320,20 @@ def _keep_top_p(state: Candidates, top_ps: list[float]) -> Candidates:
     return state.with_values(state.values.masked_fill(is_out, -math.inf))
 
 
-def _keep_min_p(values: torch.Tensor, min_ps: list[float]) -> torch.Tensor:
+def _keep_min_p(state: Candidates, min_ps: list[float]) -> Candidates:
     """Source: Nguyen et al. 2024, algorithm 1, as a bound on logits."""
     if not any(min_ps):
-        return values
-    margin = _column([math.log(p) if p else -math.inf for p in min_ps], values)
-    return torch.where(values < values.amax(-1, keepdim=True) + margin, -math.inf, values)
+        return state
+    margin = _column([math.log(p) if p else -math.inf for p in min_ps], state.values)
+    bound = (state.values.amax(-1, keepdim=True) + margin).clamp_(min=torch.finfo(state.values.dtype).min)
+    return Candidates(state.values, state.ids, bound)
 
 
-def _places_left(is_left: torch.Tensor) -> torch.Tensor:
-    """Where a bool tensor, flattened, is true: int64, ascending."""
-    if is_left.device.type != "cpu":
-        return torch.nonzero(is_left.flatten()).flatten()
-    # numpy searches several times as fast.
-    return torch.from_numpy(np.flatnonzero(is_left.numpy()))
+def _places_left(state: Candidates) -> torch.Tensor:
+    """Where, in the flattened values, those are that are not out: int64, ascending."""
+    if state.values.device.type != "cpu":
+        return torch.nonzero(state.settled().values.flatten() > -math.inf).flatten()
+    # numpy compares and searches several times as fast.
+    values = state.values.numpy()
+    is_left = values > -math.inf if state.bound is None else values >= state.bound.numpy()
+    return torch.from_numpy(np.flatnonzero(is_left))

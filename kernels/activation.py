@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 import triton
@@ -10,6 +12,7 @@ import triton.language as tl
 from declaim.kernels import backend
 
 SERIAL_ELEMENTS = 32767  # torch spreads larger elementwise work over threads
+_VECTOR_ELEMENTS = 32  # of two registers of AVX-512, as many as torch computes at a time
 _TILE = 1024
 
 
@@ -42,12 +45,24 @@ def silu_and_mul(gate_up: torch.Tensor) -> torch.Tensor:
     if backend.use_triton(gate_up):
         return _silu_and_mul_triton(gate_up)
     gate, up = gate_up.chunk(2, dim=-1)
-    tile_rows = max(1, SERIAL_ELEMENTS // gate.shape[1])
-    if len(gate) <= tile_rows:
-        return F.silu(gate).mul_(up)
-    # Threads would cut a larger tensor in the middle of a row, and the last elements before a cut are computed by
-    # another exp than the rest.
-    return torch.cat([F.silu(gate[i : i + tile_rows]) for i in range(0, len(gate), tile_rows)]).mul_(up)
+    return by_rows(F.silu, gate).mul_(up)
+
+
+def by_rows(function: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+    """An elementwise function of the CPU whose last digits depend on an element's place: each row on its own.
+
+    torch computes elements that do not fill its vectors by another exp than the rest: those at the end of a tensor and
+    before a cut between threads. In rows of whole vectors on one thread there are none; rows of another size must not
+    run into one another, and rows for several threads are so few at a time that they are not cut.
+    x: [N, C] -> [N, C], contiguous. Row i of the result depends on row i alone, to the last bit.
+    """
+    num_rows, size = x.shape
+    if size % _VECTOR_ELEMENTS and x.stride(0) == size:
+        x = x.new_empty(num_rows, size + 1)[:, :size].copy_(x)
+    tile_rows = num_rows if torch.get_num_threads() == 1 else max(1, SERIAL_ELEMENTS // size)
+    if num_rows <= tile_rows:
+        return function(x).contiguous()
+    return torch.cat([function(x[i : i + tile_rows]) for i in range(0, num_rows, tile_rows)])
 
 
 def _silu_and_mul_triton(gate_up: torch.Tensor) -> torch.Tensor:

@@ -13,8 +13,11 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import accumulate
+from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 import triton
@@ -26,34 +29,59 @@ from declaim.kernels.threads import one_thread
 
 CHUNK = 256
 ALIGNED_DIMS = 16  # 64 bytes
+MAX_COPIED = 8192  # numbers that a query reads: to copy as many takes less than a call
 LOG2_E = math.log2(math.e)
 
 # Programs that a decode step is cut into for each multiprocessor, so that their loads hide each other's latency.
 PROGRAMS_PER_PROCESSOR = 4
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class _Read:
-    """What one query position, or two with as much to read, reads: `length` positions from each first slot.
+class _Read(NamedTuple):
+    """What one query position reads: `length` positions from slot `first` on; or where its blocks are no run of
+    neighbours, the first ones of `blocks`."""
 
-    queries: their indices. blocks: where a query's blocks are no run of neighbours, those blocks; its first slot is
-    then 0 of their copy.
+    query: int
+    length: int
+    first: int
+    blocks: tuple[int, ...]
+
+
+class _Call(NamedTuple):
+    """One call of attention, for `num_queries` with as much to read.
+
+    shape [num_queries, kv_heads, length, D], strides and first element: what they see of a cache; or of a copy of its
+    `blocks`, or of its positions at `slots`, which are made first where there are any.
     """
 
-    queries: tuple[int, ...]
-    first_slots: tuple[int, ...]
-    length: int
-    blocks: torch.Tensor | None
+    num_queries: int
+    shape: tuple[int, int, int, int]
+    strides: tuple[int, int, int, int]
+    first: int
+    blocks: torch.Tensor | None = None
+    slots: torch.Tensor | None = None
+
+
+class _Calls(NamedTuple):
+    """order (int64 [N]) puts the queries into the order of the calls, restore back into their own."""
+
+    calls: tuple[_Call, ...]
+    order: torch.Tensor
+    restore: torch.Tensor
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class CpuReads:
-    """A plan as the CPU follows it. order (int64 [N]) puts the queries into the order of the reads, restore back into
-    their own."""
+    """A plan as the CPU follows it. calls: for caches of so many heads and dims, made for the first layer that asks."""
 
     reads: tuple[_Read, ...]
-    order: torch.Tensor
-    restore: torch.Tensor
+    block_size: int
+    calls: dict[tuple[int, int], _Calls] = field(default_factory=dict)
+
+    def calls_for(self, num_kv_heads: int, head_dim: int) -> _Calls:
+        shape = (num_kv_heads, head_dim)
+        if shape not in self.calls:
+            self.calls[shape] = _group(self.reads, *shape, block_size=self.block_size)
+        return self.calls[shape]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -89,9 +117,7 @@ def plan_attention(
     """Make a step's plan from R block tables (lists of block ids), query lengths and context lengths."""
     width = max((len(table) for table in block_tables), default=0)
     padded = [list(table) + [0] * (width - len(table)) for table in block_tables]
-    starts = [0]
-    for query_len in query_lens:
-        starts.append(starts[-1] + query_len)
+    starts = list(accumulate(query_lens, initial=0))
     cpu = None
     if device.type == "cpu":
         rows = [range(starts[row], starts[row + 1]) for row in range(len(padded))]
@@ -117,37 +143,69 @@ def _cpu_reads(
 ) -> CpuReads:
     reads: list[_Read] = []
     for table, queries, context_len in zip(block_tables, rows, context_lens, strict=True):
-        reads += _reads_of(table, queries, context_len=context_len, block_size=block_size, causal=causal)
-    reads = _in_pairs(reads)
-    order = torch.tensor([query for read in reads for query in read.queries], dtype=torch.int64)
-    return CpuReads(reads=tuple(reads), order=order, restore=order.argsort())
+        used = tuple(table[: -(-context_len // block_size)])
+        first = used[0] if used else 0
+        is_run = used == tuple(range(first, first + len(used)))
+        last_query = queries.stop - 1
+        reads += [
+            _Read(
+                query,
+                context_len - (last_query - query if causal else 0),
+                first * block_size if is_run else 0,
+                () if is_run else used,
+            )
+            for query in queries
+        ]
+    return CpuReads(tuple(reads), block_size)
 
 
-def _reads_of(table: Sequence[int], queries: range, *, context_len: int, block_size: int, causal: bool) -> list[_Read]:
-    used = table[: -(-context_len // block_size)]
-    first = used[0] if used else 0
-    is_run = all(block == first + i for i, block in enumerate(used))
-    blocks = None if is_run else torch.tensor(used, dtype=torch.int64)
-    slots = (first * block_size if is_run else 0,)
-    return [
-        _Read((query,), slots, context_len - (queries.stop - query - 1 if causal else 0), blocks) for query in queries
-    ]
+def _group(reads: Sequence[_Read], num_kv_heads: int, head_dim: int, *, block_size: int) -> _Calls:
+    """Have queries with as much to read share a call where they can: a short one takes no longer than to call it.
 
-
-def _in_pairs(reads: Sequence[_Read]) -> list[_Read]:
-    """Two runs of one length are one strided view, so guidance branches share a call; its cost is mostly the call."""
-    paired: list[_Read] = []
-    unpaired: dict[int, _Read] = {}
+    Runs that begin equally far apart, the two of guidance or all queries of a text, are one strided view. What is short
+    enough is copied.
+    """
+    position = num_kv_heads * head_dim
+    by_length: dict[int, list[_Read]] = {}
     for read in reads:
-        other = unpaired.pop(read.length, None) if read.blocks is None else None
-        if read.blocks is not None or read.length == 0:
-            paired.append(read)
-        elif other is None:
-            unpaired[read.length] = read
-        else:
-            low, high = sorted((other, read), key=lambda item: item.first_slots)
-            paired.append(_Read(low.queries + high.queries, low.first_slots + high.first_slots, read.length, None))
-    return paired + list(unpaired.values())
+        by_length.setdefault(read.length, []).append(read)
+    calls: list[_Call] = []
+    order: list[int] = []
+    for length, alike in by_length.items():
+        shape = (num_kv_heads, length, head_dim)
+        strides = (head_dim, position, 1)
+        scattered = [read for read in alike if read.blocks]
+        runs = sorted((read for read in alike if not read.blocks), key=lambda read: read.first)
+        if len(alike) > 2 and 0 < length * position <= MAX_COPIED:
+            slots = _slots_of(scattered, runs, length, block_size=block_size)
+            calls.append(_Call(len(alike), (len(alike), *shape), (length * position, *strides), 0, slots=slots))
+            order += [read.query for read in scattered + runs]
+            continue
+        for read in scattered:
+            blocks = torch.tensor(read.blocks, dtype=torch.int64)
+            calls.append(_Call(1, (1, *shape), (0, *strides), 0, blocks=blocks))
+            order.append(read.query)
+        begin = 0
+        while begin < len(runs):
+            end, first = begin + 1, runs[begin].first
+            apart = runs[end].first - first if end < len(runs) else 0
+            while end < len(runs) and runs[end].first == first + (end - begin) * apart:
+                end += 1
+            calls.append(_Call(end - begin, (end - begin, *shape), (apart * position, *strides), first * position))
+            order += [read.query for read in runs[begin:end]]
+            begin = end
+    in_order = torch.tensor(order, dtype=torch.int64)
+    return _Calls(tuple(calls), in_order, in_order.argsort())
+
+
+def _slots_of(scattered: Sequence[_Read], runs: Sequence[_Read], length: int, *, block_size: int) -> torch.Tensor:
+    """Where the positions of reads of one length lie, one read after the other."""
+    positions = np.arange(length)
+    slots = np.array([read.first for read in runs], dtype=np.int64)[:, None] + positions
+    if scattered:
+        blocks = np.array([read.blocks for read in scattered], dtype=np.int64)[:, positions // block_size]
+        slots = np.concatenate([blocks * block_size + positions % block_size, slots])
+    return torch.from_numpy(slots.ravel())
 
 
 def paged_attention_reference(
@@ -515,13 +573,12 @@ def paged_attention(
     num_kv_heads = k_cache.shape[1]
     if not plan.cpu.reads:
         return torch.empty_like(q)
-    ordered = q.index_select(0, plan.cpu.order).view(num_queries, num_kv_heads, num_heads // num_kv_heads, head_dim)
-    parts = ordered.split([len(read.queries) for read in plan.cpu.reads])
+    calls, order, restore = plan.cpu.calls_for(num_kv_heads, head_dim)
+    ordered = q.index_select(0, order).view(num_queries, num_kv_heads, num_heads // num_kv_heads, head_dim)
+    parts = ordered.split([call.num_queries for call in calls])
     with nullcontext() if _keeps_bits_in_parallel(num_heads // num_kv_heads, q.dtype) else one_thread():
-        attended = [
-            _attend(part, k_cache, v_cache, read, scale=scale) for part, read in zip(parts, plan.cpu.reads, strict=True)
-        ]
-    return torch.cat(attended).index_select(0, plan.cpu.restore).view(num_queries, num_heads, head_dim)
+        attended = [_attend(part, k_cache, v_cache, call, scale=scale) for part, call in zip(parts, calls, strict=True)]
+    return torch.cat(attended).index_select(0, restore).view(num_queries, num_heads, head_dim)
 
 
 @dataclass(frozen=True, slots=True)
@@ -676,33 +733,25 @@ def _keeps_bits_in_parallel(group: int, dtype: torch.dtype) -> bool:
 
 
 def _attend(
-    q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, read: _Read, *, scale: float
+    q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, call: _Call, *, scale: float
 ) -> torch.Tensor:
-    """The queries of one read, [1 or 2, kv_heads, group, D]."""
-    if read.length == 0:
+    """The queries of one call, [num_queries, kv_heads, group, D]."""
+    _, _, length, head_dim = call.shape
+    if length == 0:
         return torch.zeros_like(q)
-    if read.blocks is not None:
-        k_cache, v_cache = _gather(k_cache, read.blocks), _gather(v_cache, read.blocks)
-    k, v, head_dim = _runs(k_cache, read), _runs(v_cache, read), q.shape[-1]
+    k, v = _seen(k_cache, call), _seen(v_cache, call)
     missing = -head_dim % ALIGNED_DIMS
-    if missing:  # where a position begins would depend on which it is
-        q, k, v = (F.pad(x, (0, missing)) for x in (q, k, v))
+    if not missing:
+        return F.scaled_dot_product_attention(q, k, v, scale=scale)
+    # Where a position begins would depend on which it is.
+    q, k, v = (F.pad(x, (0, missing)) for x in (q, k, v))
     return F.scaled_dot_product_attention(q, k, v, scale=scale)[..., :head_dim]
 
 
-def _runs(cache: torch.Tensor, read: _Read) -> torch.Tensor:
-    """View the positions of a read in a CPU cache, [1 or 2, kv_heads, length, D]: there they are `head_dim` wide rows
-    of all heads, one after the other."""
-    _, num_kv_heads, _, head_dim = cache.shape
-    position = num_kv_heads * head_dim
-    first = read.first_slots[0]
-    apart = (read.first_slots[-1] - first) * position
-    return cache.as_strided(
-        (len(read.first_slots), num_kv_heads, read.length, head_dim),
-        (apart, head_dim, position, 1),
-        cache.storage_offset() + first * position,
-    )
-
-
-def _gather(cache: torch.Tensor, blocks: torch.Tensor) -> torch.Tensor:
-    return cache.transpose(1, 2).index_select(0, blocks).transpose(1, 2)
+def _seen(cache: torch.Tensor, call: _Call) -> torch.Tensor:
+    """What a call sees of a cache: in a CPU's the positions are rows of all heads, one after the other."""
+    if call.slots is not None:
+        cache = cache.transpose(1, 2).flatten(0, 1).index_select(0, call.slots)
+    elif call.blocks is not None:
+        cache = cache.transpose(1, 2).index_select(0, call.blocks)
+    return cache.as_strided(call.shape, call.strides, cache.storage_offset() + call.first)

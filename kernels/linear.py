@@ -26,6 +26,7 @@ from declaim.kernels.row_counts import TILE_ROWS, equal_counts, takes_pairs
 ONEDNN_MIN_WEIGHTS = 700_000
 ONEDNN_MIN_WEIGHTS_PADDED = 64_000  # where the GEMM computes rows that nobody asked for
 _ONEDNN_ROWS_HINT = 16  # the batch the layout is chosen for; any batch may use it
+_ONEDNN_FEWEST_ROWS = 4  # two, those of a guided sequence, take half as long again as four
 _GPU_OUT_MULTIPLE = 16  # rows of the weight then begin at 32 bytes, and are read 16 bytes at a time
 
 
@@ -91,7 +92,7 @@ def _matmul_onednn(x: torch.Tensor, weight: torch.Tensor, layer: Linear) -> torc
     num_rows = x.shape[0]
     if num_rows == 0:
         return x.new_empty(0, layer.num_out)
-    rows = x.repeat(2, 1) if num_rows == 1 else x
+    rows = F.pad(x, (0, 0, 0, _ONEDNN_FEWEST_ROWS - num_rows)) if num_rows < _ONEDNN_FEWEST_ROWS else x
     y: torch.Tensor = torch.ops.mkldnn._linear_pointwise(rows, weight, layer.bias, "none", [], "")
     return y[:num_rows]
 

@@ -9,7 +9,6 @@ Source: Dao & Gu 2024, section 6; state-spaces/mamba `selective_state_update`, `
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -18,7 +17,7 @@ import triton
 import triton.language as tl
 
 from declaim.kernels import backend
-from declaim.kernels.activation import SERIAL_ELEMENTS
+from declaim.kernels.activation import by_rows
 from declaim.kernels.norm import MAX_SIZE, rms_norm
 
 _TILE_CHANNELS = 256
@@ -33,11 +32,13 @@ class StatePlan:
 
     query_start: int32 [S + 1], each one's first row. slots: int64 [S], where its state lies; -1 is padding of a
     captured graph, which stores nothing. is_new: bool [S], whether it has no position yet: its state is then zero.
+    has_new: whether any is; the CPU need not look then.
     """
 
     query_start: torch.Tensor
     slots: torch.Tensor
     is_new: torch.Tensor
+    has_new: bool = True
 
 
 def allocate_states(
@@ -355,7 +356,7 @@ def gated_rms_norm(y: torch.Tensor, z: torch.Tensor, weight: torch.Tensor, *, ep
             f" [C] with C <= {MAX_SIZE}, rows side by side"
         )
     if not backend.use_triton(y):
-        gated = y.float() * _by_rows(F.silu, z.float())
+        gated = y.float() * by_rows(F.silu, z.float())
         return rms_norm(gated, weight.float(), eps=eps).to(y.dtype)
     out = torch.empty(len(y), size, dtype=y.dtype, device=y.device)
     tile = triton.next_power_of_2(size)
@@ -384,24 +385,10 @@ def _runs(plan: StatePlan) -> list[tuple[int, int, int, bool]]:
     return list(zip(starts, starts[1:], plan.slots.tolist(), plan.is_new.tolist(), strict=False))
 
 
-def _by_rows(function: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> torch.Tensor:
-    """An elementwise function whose last digits depend on an element's place: in each row [C] of x the same places.
-
-    torch computes the elements that do not fill a vector register by another exp. Rows that lie apart are not run into
-    one another, and few enough elements are not cut between threads.
-    """
-    num_rows, size = x.shape
-    apart = x.new_empty(num_rows, size + 1)[:, :size].copy_(x)
-    tile_rows = max(1, SERIAL_ELEMENTS // size)
-    if num_rows <= tile_rows:
-        return function(apart)
-    return torch.cat([function(apart[i : i + tile_rows]) for i in range(0, num_rows, tile_rows)])
-
-
 def _past(state: torch.Tensor, plan: StatePlan) -> torch.Tensor:
     """A copy of each sequence's state, zero for new ones, float32 [S, ...]."""
     past = state.index_select(0, plan.slots).float()
-    return past.masked_fill_(plan.is_new[:, None, None], 0.0) if plan.is_new.any() else past
+    return past.masked_fill_(plan.is_new[:, None, None], 0.0) if plan.has_new else past
 
 
 def _causal_conv_cpu(
@@ -425,7 +412,7 @@ def _causal_conv_cpu(
             parts.append(total)
             state[slot] = inputs[count:].to(state.dtype)
         total = torch.cat(parts)
-    return _by_rows(F.silu, total).to(x.dtype)
+    return by_rows(F.silu, total).to(x.dtype)
 
 
 def _state_scan_cpu(
@@ -443,8 +430,8 @@ def _state_scan_cpu(
     _, num_heads, head_dim, size = state.shape
     inner = num_heads * head_dim
     x, b, c = xbc.float().split([inner, size, size], dim=1)
-    step = _by_rows(F.softplus, dt.float() + dt_bias)
-    kept = _for_each_dim(_by_rows(torch.exp, step * decay), head_dim)[:, None]
+    step = by_rows(F.softplus, dt.float() + dt_bias)
+    kept = _for_each_dim(by_rows(torch.exp, step * decay), head_dim)[:, None]
     gain = (_for_each_dim(step, head_dim) * x)[:, None]
     inputs, reads = b[..., None], _aligned_rows(c)[:, None]
     out = torch.empty(len(xbc), 1, inner)
@@ -464,7 +451,8 @@ def _state_scan_cpu(
         for first in range(0, len(xbc), group_size):
             rows = slice(first, first + group_size)
             group = states.index_select(0, plan.slots[rows])
-            group.masked_fill_(plan.is_new[rows, None, None], 0.0)
+            if plan.has_new:
+                group.masked_fill_(plan.is_new[rows, None, None], 0.0)
             move(group, rows)
             states.index_copy_(0, plan.slots[rows], group)
     else:

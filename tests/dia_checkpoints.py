@@ -63,13 +63,14 @@ def quiet_transformers() -> Iterator[None]:
         transformers_logging.enable_progress_bar()
 
 
-def make_dac(folder: Path, *, seed: int = 0) -> None:
-    """A random DAC of real strides and few channels, its weights scaled so that it makes a sound."""
+def make_dac(folder: Path, *, seed: int = 0, num_channels: int = 64) -> None:
+    """A random DAC of real strides and few channels, its weights scaled so that it makes a sound. num_channels: of the
+    decoder's first block."""
     torch.manual_seed(seed)
     dac = DacModel(
         DacConfig(
             encoder_hidden_size=8,
-            decoder_hidden_size=64,
+            decoder_hidden_size=num_channels,
             n_codebooks=9,
             codebook_size=1024,
             codebook_dim=8,

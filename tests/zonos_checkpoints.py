@@ -228,14 +228,14 @@ def random_weights(config: Mapping[str, Any], *, seed: int, eos_like: int | None
 
 
 def make_zonos(
-    folder: Path, config: Mapping[str, Any], *, seed: int = 0, eos_like: int | None = None, codec: bool = True
+    folder: Path, config: Mapping[str, Any], *, seed: int = 0, eos_like: int | None = None, codec_channels: int = 64
 ) -> Path:
-    """Save config.json and model.safetensors as Zyphra does, and a random DAC in codec/."""
+    """Save config.json and model.safetensors as Zyphra does; in codec/ a random DAC, unless it would be of none."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config))
     save_file(random_weights(config, seed=seed, eos_like=eos_like), folder / "model.safetensors")
-    if codec:
-        make_dac(folder / "codec", seed=seed)
+    if codec_channels:
+        make_dac(folder / "codec", seed=seed, num_channels=codec_channels)
     return folder
 
 

@@ -33,6 +33,7 @@ from declaim.engine.spec import (
     TopK,
     TopP,
 )
+from declaim.kernels.noise import draw_keys, gumbel_noise
 
 EOS = 1024
 DIA_OPS: tuple[SamplingOp, ...] = (
@@ -353,3 +354,52 @@ def test_a_codebook_with_nothing_left_draws_minus_one_and_never_a_forbidden_id(
     assert (drawn[0, [0, 1, 2, 4, 5, 6, 7, 8]] >= 0).all()
     assert (drawn[:, 1:] < EOS).all()
     assert (drawn[1:] >= 0).all()
+
+
+def test_a_bound_draws_what_minus_infinity_in_its_place_draws() -> None:
+    """Beside requests without min_p, greedy ones, and ids that are out already."""
+    params = [
+        replace(PLAIN, min_p=0.2, seed=3),
+        replace(PLAIN, seed=4),
+        replace(PLAIN, min_p=0.9, temperature=0.0),
+        replace(PLAIN, min_p=0.05, seed=5, top_k=7),
+    ]
+    logits = logits_of(13, 4, 9, 1028)
+    ops: tuple[SamplingOp, ...] = (AllowedIds((1025,) + (1024,) * 8), Temperature(), TopK(), MinP())
+    for row in range(50):
+        inputs = inputs_of(logits, params, rows=[row] * 4)
+        left = filter_logits(inputs, spec_of(*ops))
+        written_out = inputs_of(
+            torch.full_like(logits, -math.inf).scatter(-1, left.all_ids(), left.values),
+            [replace(p, min_p=0.0, top_k=0) for p in params],
+            rows=[row] * 4,
+        )
+        drawn = draw(inputs, spec_of(*ops))
+        # Logits at -inf count as broken, so what was drawn is found by the largest of values and noise.
+        noise = gumbel_noise(
+            draw_keys(torch.tensor([p.seed for p in params]), torch.tensor([row] * 4), num_codebooks=9),
+            torch.arange(1028).expand(4, 9, -1),
+        )
+        noise[2] = 0.0
+        assert torch.equal(drawn, (written_out.cond + noise).argmax(-1))
+
+
+@pytest.mark.parametrize("guided", [True, False])
+def test_the_ops_leave_the_logits_they_are_given_alone(guided: bool) -> None:
+    cond, uncond = logits_of(14, 3, 9, 1028), logits_of(15, 3, 9, 1028)
+    before = cond.clone(), uncond.clone()
+    params = [
+        replace(PLAIN, guidance_scale=2.0 if guided else 1.0, min_p=0.1, seed=i, temperature=0.7) for i in range(3)
+    ]
+    history = torch.randint(0, 1028, (3, 2, 9), generator=torch.Generator().manual_seed(0))
+    ops = (
+        Guidance(center="uncond", keep="guided", top_k_filter=False),
+        AllowedIds((1025,) + (1024,) * 8),
+        RepetitionPenalty(window=2),
+        EosGate(EOS),
+        Temperature(),
+        MinP(),
+    )
+    for some in (ops, ops[1:]):
+        draw(inputs_of(cond, params, uncond=uncond, history=history), spec_of(*some))
+        assert torch.equal(cond, before[0]) and torch.equal(uncond, before[1])

@@ -34,7 +34,7 @@ FEW = settings(laws.PROPERTY, max_examples=4)
 def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> ZonosModel:
     folder: Path = tmp_path_factory.mktemp("zonos") / request.param
     # The end stands in a likely code's place: some requests end by themselves.
-    make_zonos(folder, CONFIGS[request.param], seed=1, eos_like=117, codec=False)
+    make_zonos(folder, CONFIGS[request.param], seed=1, eos_like=117, codec_channels=0)
     return load_zonos(folder, codec=CODEC)
 
 

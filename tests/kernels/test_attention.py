@@ -12,7 +12,7 @@ import math
 import pytest
 import torch
 
-from declaim.kernels.attention import paged_attention, paged_attention_reference, plan_attention
+from declaim.kernels.attention import MAX_COPIED, paged_attention, paged_attention_reference, plan_attention
 from declaim.kernels.kv_cache import allocate_cache, write_cache
 
 CPU = torch.device("cpu")
@@ -240,3 +240,38 @@ def test_queries_with_as_much_to_read_have_the_same_bits_together_and_alone(
                 assert torch.equal(run(rows), alone[rows]), rows
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("num_kv_heads", [1, 16])
+def test_queries_with_as_much_to_read_share_few_calls(num_kv_heads: int) -> None:
+    """Short ones are copied, long ones are one view where they begin equally far apart, and nothing else is."""
+    head_dim, block_size, length = 32, 8, 61
+    is_short = num_kv_heads * head_dim * length <= MAX_COPIED
+    tables = [list(range(first, first + 8)) for first in (0, 20, 40, 60)] + [list(range(99, 91, -1))]
+    k_cache, v_cache = caches(100, num_kv_heads, block_size=block_size, head_dim=head_dim)
+    fill(tables, [length] * 5, k_cache, v_cache)
+    q = queries(5, num_kv_heads, head_dim)
+    plan = plan_attention(tables, [1] * 5, context_lens=[length] * 5, block_size=block_size, causal=True, device=CPU)
+    close(
+        paged_attention(q, k_cache, v_cache, plan, scale=0.2),
+        paged_attention_reference(q, k_cache, v_cache, plan, scale=0.2),
+    )
+    assert plan.cpu is not None
+    calls = plan.cpu.calls_for(num_kv_heads, head_dim).calls
+    assert sorted(call.num_queries for call in calls) == ([5] if is_short else [1, 4])
+
+
+def test_all_queries_of_a_text_share_a_call_and_a_view() -> None:
+    """As in a prefill's cross-attention: one table, however long."""
+    k_cache, v_cache = caches(40, 8, block_size=8, head_dim=64)
+    fill([list(range(40))], [300], k_cache, v_cache)
+    q = queries(37, 16, 64)
+    plan = plan_attention([list(range(40))], [37], context_lens=[300], block_size=8, causal=False, device=CPU)
+    got = paged_attention(q, k_cache, v_cache, plan, scale=0.125)
+    close(got, paged_attention_reference(q, k_cache, v_cache, plan, scale=0.125))
+    assert plan.cpu is not None
+    (call,) = plan.cpu.calls_for(8, 64).calls
+    assert call.num_queries == 37 and call.strides[0] == 0
+    one = plan_attention([list(range(40))], [1], context_lens=[300], block_size=8, causal=False, device=CPU)
+    for i in (0, 20, 36):
+        assert torch.equal(paged_attention(q[i : i + 1], k_cache, v_cache, one, scale=0.125)[0], got[i])

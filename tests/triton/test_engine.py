@@ -226,7 +226,7 @@ def hybrid(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         "eos_token_id": HYBRID_CODEC.codebook_size,
         "masked_token_id": HYBRID_CODEC.codebook_size + 1,
     }
-    return make_zonos(tmp_path / "hybrid", config, codec=False)
+    return make_zonos(tmp_path / "hybrid", config, codec_channels=0)
 
 
 def hybrid_codes(folder: Path, config: EngineConfig) -> list[NDArray[np.int32]]:
