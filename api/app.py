@@ -27,12 +27,12 @@ from declaim.api.gate import Gate, OpenGate, credential_of
 from declaim.api.metrics import ServerMetrics
 from declaim.api.page import page_file, wants_page
 from declaim.api.rendering import Renders
-from declaim.api.schemas import AudioModelList, Greeting, ModelCard, ModelList, ModelVoice, Readiness
+from declaim.api.schemas import AudioModelList, Greeting, ModelCard, ModelList, ModelVoice, Readiness, controls_of
 from declaim.api.serving import Serving
 from declaim.api.settings import ApiSettings
 from declaim.api.speech import MODEL_ALIASES, Lexicons, Voices, build_speech_router, check_model
 from declaim.api.uploads import read_recording
-from declaim.api.voices import own_voice
+from declaim.api.voices import check_reference, own_voice
 from declaim.engine.errors import VoiceNotFound
 from declaim.engine.request import EncodedVoice, Voice
 
@@ -71,8 +71,9 @@ class OwnVoices:
             raise VoiceNotFound(f"{error}: use one of {known}", param="voice") from None
 
     async def encode_reference(self, data: bytes, *, transcript: str, param: str) -> EncodedVoice:
-        """A recording that came with a request. Raises: InvalidRequest."""
+        """A recording that came with a request. Raises: InvalidRequest, MissingParameter."""
         engine = self._serving.engine()
+        check_reference(engine, transcript, param="ref_text", recording=param)
 
         def encode() -> EncodedVoice:
             recording = read_recording(data, param=param)
@@ -163,13 +164,17 @@ def _build_models_router(serving: Serving, gate: Gate, *, is_public: bool) -> AP
 
     def card(model_id: str) -> ModelCard:
         engine = serving.engine()
+        spec = engine.spec
         return ModelCard(
             id=model_id,
             created=created,
             owned_by="declaim",
             root=engine.model_name,
-            sample_rate=engine.spec.codec.sample_rate_hz,
-            voices=[ModelVoice(name=name, language="en") for name in engine.spec.voices or ("default",)],
+            sample_rate=spec.codec.sample_rate_hz,
+            voices=[ModelVoice(name=name, language="en") for name in spec.voices or ("default",)],
+            controls=controls_of(spec),
+            instructions=list(spec.instructions),
+            languages=list(spec.languages),
         )
 
     def cards() -> list[ModelCard]:

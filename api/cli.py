@@ -230,7 +230,7 @@ def _serve(
     from declaim.api.server import check_open_to, run_server
 
     url = _url_of(listener)
-    body = f'{{"model":"{model}","input":"Hello.","response_format":"wav"}}'
+    body = '{"model":"tts-1","input":"Hello.","response_format":"wav"}'  # whatever the model is called
     curl = f"curl {url}/v1/audio/speech -H 'content-type: application/json' -d '{body}' -o hello.wav"
     with listener, opened(open_database) as database:
         has_keys = check_open_to(host, database, is_open=options.is_open)

@@ -23,7 +23,7 @@ from typing import cast
 from fastapi import APIRouter, WebSocket
 
 from declaim.api.clauses import Granularity
-from declaim.api.errors import MissingParameter, NotReady, answer_for, error_body
+from declaim.api.errors import NotReady, answer_for, error_body
 from declaim.api.live_session import (
     ClauseAudio,
     ClauseBegun,
@@ -199,13 +199,7 @@ class _LiveSocket:
         if not recording:
             return None
         data = await asyncio.to_thread(decode_reference, recording, param="ref_audio")
-        voice = await self._services.voices.encode_reference(data, transcript=transcript or "", param="ref_audio")
-        if len(voice.codes) and not transcript:
-            raise MissingParameter(
-                "Missing required parameter: 'ref_text': this model must know what is said in ref_audio",
-                param="ref_text",
-            )
-        return voice
+        return await self._services.voices.encode_reference(data, transcript=transcript or "", param="ref_audio")
 
     async def _cancel(self) -> None:
         index = self._session.next_index

@@ -9,6 +9,7 @@ from importlib.resources import files
 
 from fastapi import APIRouter, Request, Response
 
+from declaim.api.schemas import controls_of
 from declaim.api.serving import Serving
 
 _TYPES = {"index.html": "text/html", "style.css": "text/css", "app.js": "text/javascript"}
@@ -48,22 +49,15 @@ def build_page_router(serving: Serving, *, max_input_chars: int) -> APIRouter:
     async def settings() -> dict[str, object]:
         """What the model can do."""
         engine = serving.engine()
+        spec = engine.spec
         return {
             "model": engine.model_name,
-            "imitates": engine.spec.supports_voice_prompt,
-            "dialogue": engine.spec.supports_dialogue,
-            "controls": [
-                {
-                    "name": name,
-                    "description": control.description,
-                    "low": control.low,
-                    "high": control.high,
-                    "default": control.default,
-                    "names": list(control.names),
-                }
-                for name, control in engine.spec.controls.items()
-                if control.length == 1 or control.names
-            ],
+            "imitates": spec.supports_voice_prompt,
+            "needs_transcript": not spec.embeds_voices,
+            "dialogue": spec.supports_dialogue,
+            "controls": {name: control.model_dump() for name, control in controls_of(spec).items()},
+            "instructions": list(spec.instructions),
+            "languages": list(spec.languages),
             "max_input_chars": max_input_chars,
         }
 

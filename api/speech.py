@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import re
 import time
 from collections.abc import Mapping
 from concurrent.futures import Executor
@@ -45,7 +46,6 @@ MODEL_ALIASES = ("tts-1", "tts-1-hd", "gpt-4o-mini-tts", "gpt-4o-mini-tts-2025-1
 # Formats that are no audio: documents that are sent whole.
 DOCUMENT_TYPES: Mapping[str, str] = MappingProxyType({"json": "application/json", "vtt": "text/vtt; charset=utf-8"})
 _DOCUMENT_AUDIO = "wav"
-_CONTROLS = ("emotion", "speaking_rate", "pitch_std", "fmax", "quality")
 _LANGUAGE_NAMES: Mapping[str, str] = MappingProxyType(
     {
         "chinese": "zh",
@@ -60,6 +60,8 @@ _LANGUAGE_NAMES: Mapping[str, str] = MappingProxyType(
         "spanish": "es",
     }
 )
+_LANGUAGE_TAG = re.compile(r"[a-z]{2,3}(-[a-z0-9]{1,8})*")  # RFC 5646, as far as it goes here
+_MAX_TAG_CHARS = 35
 # A body larger than this is parsed in a thread: it would hold the event loop up for milliseconds.
 _MAX_INLINE_BYTES = 64 << 10
 
@@ -72,7 +74,8 @@ class Voices(Protocol):
         ...
 
     async def encode_reference(self, data: bytes, *, transcript: str, param: str) -> EncodedVoice:
-        """Encode a recording that came with a request. Raises: InvalidRequest that names `param`."""
+        """Encode a recording that came with a request. Raises: InvalidRequest that names `param`, MissingParameter
+        where the model must know what is said in it."""
         ...
 
 
@@ -147,14 +150,14 @@ def tempo_of(body: SpeechBody, spec: ModelSpec) -> float:
 
 
 def _language(value: str | None) -> str | None:
-    """An ISO 639 code of "de", "de-AT" or "German"; None leaves it to the text."""
+    """The tag, in lower case, of "de", "de_AT" or "German"; None leaves it to the text."""
     if value is None or value.strip().lower() in ("", "auto"):
         return None
     name = value.strip().lower()
-    code = _LANGUAGE_NAMES.get(name, name.replace("_", "-").partition("-")[0])
-    if not (code.isascii() and code.isalpha() and 2 <= len(code) <= 3):
+    tag = _LANGUAGE_NAMES.get(name, name.replace("_", "-"))
+    if len(tag) > _MAX_TAG_CHARS or not _LANGUAGE_TAG.fullmatch(tag):
         raise InvalidRequest(f"language is '{value[:40]}': send a code such as en or zh-CN", param="language")
-    return code
+    return tag
 
 
 def _controls(body: SpeechBody, spec: ModelSpec) -> dict[str, ControlValue]:
@@ -164,11 +167,7 @@ def _controls(body: SpeechBody, spec: ModelSpec) -> dict[str, ControlValue]:
         # Most clients send a prompt for another model here, or the word None: what has no meaning is ignored.
         with contextlib.suppress(InvalidRequest):
             controls.update(read_instructions(body.instructions, spec.instructions))
-    for name in _CONTROLS:
-        value = getattr(body, name)
-        if value is not None:
-            controls[name] = tuple(value) if isinstance(value, list) else value
-    return controls
+    return controls | body.controls()
 
 
 @dataclass(frozen=True, slots=True)
@@ -302,13 +301,7 @@ class _Speech:
         return body, decode_reference(body.ref_audio, param="ref_audio")
 
     async def _encode(self, reference: bytes, body: SpeechBody) -> EncodedVoice:
-        voice = await self._voices.encode_reference(reference, transcript=body.ref_text or "", param="ref_audio")
-        if len(voice.codes) and not body.ref_text:
-            raise MissingParameter(
-                "Missing required parameter: 'ref_text': this model must know what is said in ref_audio",
-                param="ref_text",
-            )
-        return voice
+        return await self._voices.encode_reference(reference, transcript=body.ref_text or "", param="ref_audio")
 
     async def _speak(
         self,

@@ -128,10 +128,11 @@ class VoiceStore:
     async def encode_reference(self, data: bytes, *, transcript: str, param: str) -> EncodedVoice:
         """Encode a recording that came with a request and is not kept. param: its field, named in errors.
 
-        Raises: as `read_recording`; InvalidRequest where the model imitates no voices.
+        Raises: as `read_recording`; InvalidRequest where the model imitates no voices; MissingParameter where it must
+        know what is said in them.
         """
         engine = self._engine()
-        _check_imitates(engine)
+        check_reference(engine, transcript, param="ref_text", recording=param)
 
         def encode() -> EncodedVoice:
             return _encode(engine, read_recording(data, param=param), transcript)
@@ -162,11 +163,11 @@ class VoiceStore:
         Raises: InvalidRequest, MissingParameter, BodyTooLarge, ApiError (403) at the tenant's limit, Overloaded.
         """
         engine = self._engine()
-        _check_imitates(engine)
+        transcript = _check_text("transcript", transcript, max_chars=MAX_TRANSCRIPT_CHARS)
+        check_reference(engine, transcript, param="transcript", recording="audio_sample")
         name = _check_name(name)
         if name in (*OPENAI_VOICES, *engine.spec.voices, "default", engine.model_name) or _VOICE_ID.fullmatch(name):
             raise InvalidRequest(f"name is '{name}', which means a voice of the model: choose another", param="name")
-        transcript = _check_text("transcript", transcript, max_chars=MAX_TRANSCRIPT_CHARS)
         await self._check_consent(tenant, consent_id)
         max_voices = self.limits.max_voices
         if await asyncio.to_thread(self._tables.count_voices, tenant) >= max_voices:
@@ -175,11 +176,6 @@ class VoiceStore:
         def make() -> StoredVoice:
             recording = read_recording(sample, param="audio_sample")
             encoded = _encode(engine, recording, transcript)
-            if len(encoded.codes) and not transcript:
-                raise MissingParameter(
-                    "Missing required parameter: 'transcript': this model must know what is said in audio_sample",
-                    param="transcript",
-                )
             return self._tables.add_voice(
                 tenant,
                 name=name,
@@ -354,6 +350,19 @@ def _check_imitates(engine: VoiceEngine) -> None:
             f"the model {engine.model_name} has its own voices and cannot imitate another: "
             f"use one of {', '.join(engine.spec.voices) or 'default'}",
             param="voice",
+        )
+
+
+def check_reference(engine: VoiceEngine, transcript: str, *, param: str, recording: str) -> None:
+    """Before seconds of encoding: whether the model can imitate a recording with this transcript. Without a speaker
+    encoder it knows a voice only by going on from it, and from what it says. param: the transcript's field.
+
+    Raises: InvalidRequest, MissingParameter.
+    """
+    _check_imitates(engine)
+    if not transcript and not engine.spec.embeds_voices:
+        raise MissingParameter(
+            f"Missing required parameter: '{param}': this model must know what is said in {recording}", param=param
         )
 
 

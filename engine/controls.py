@@ -1,6 +1,7 @@
 """A family's own dials (`ModelSpec.controls`): what a request sets, checked against the family's table.
 
-Torch-free; knows no family. Instructions are words the family has a table for, nothing is guessed from others.
+Torch-free; knows no family, only the names of all their dials. Instructions are words the family has a table for,
+nothing is guessed from others.
 """
 
 from __future__ import annotations
@@ -12,6 +13,22 @@ from collections.abc import Mapping
 from declaim.engine.errors import InvalidRequest
 from declaim.engine.request import ControlValue
 from declaim.engine.spec import ControlSpec
+
+# Every dial that a family may have. A request that sets one which the served model lacks is refused, so a name has to
+# be known to be looked at: other unknown fields are ignored.
+DIALS: Mapping[str, str] = {
+    "emotion": "an emotion by name, or the weights of all",
+    "speaking_rate": "phonemes a second",
+    "pitch_std": "variation of pitch, Hz",
+    "fmax": "highest frequency, Hz",
+    "quality": "overall quality wanted, as DNSMOS rates it",
+    "voice_quality": "VQScore wanted, of each eighth of the audio",
+    "ctc_loss": "how far speech may stray from the text",
+    "speaker_noised": "1 cleans up a noisy reference voice",
+}
+
+# What follows one of these is not wanted.
+_NEGATIONS = frozenset({"not", "never", "no", "don't", "without", "less"})
 
 
 def resolve_controls(
@@ -32,12 +49,16 @@ def resolve_controls(
 def read_instructions(
     instructions: str, table: Mapping[str, Mapping[str, tuple[float, ...]]]
 ) -> dict[str, tuple[float, ...]]:
-    """What words such as "happy, slowly" set, case-insensitively; of words that disagree, the later counts.
+    """What words such as "happy, slowly" set, case-insensitively; of words that disagree, the later counts, and "not
+    happy" sets nothing.
 
     Raises: InvalidRequest where none of the words is in the table.
     """
-    words = re.findall(r"[\w'-]+", instructions.lower())
-    found = [table[word] for word in words if word in table]
+    words = re.findall(r"[\w']+", instructions.lower().replace("’", "'"))
+    befores = ["", *words]
+    found = [
+        table[word] for word, before in zip(words, befores, strict=False) if word in table and before not in _NEGATIONS
+    ]
     if words and not found:
         known = ", ".join(table) or "none"
         raise InvalidRequest(
@@ -53,7 +74,9 @@ def _numbers(name: str, value: ControlValue, spec: ControlSpec) -> tuple[float, 
             known = f"one of {', '.join(spec.names)}, or " if spec.names else ""
             raise InvalidRequest(f"{name} is {value!r}: it must be {known}{_wanted(spec)}", param=name)
         return spec.names[value.lower()]
-    numbers: tuple[float, ...] = tuple(value) if isinstance(value, tuple | list) else (value,) * spec.length
+    # One number for all has no meaning where each has a name of its own, as emotions have.
+    count = 1 if spec.names else spec.length
+    numbers: tuple[float, ...] = tuple(value) if isinstance(value, tuple | list) else (value,) * count
     if len(numbers) != spec.length:
         raise InvalidRequest(f"{name} holds {len(numbers)} numbers: it must be {_wanted(spec)}", param=name)
     for number in numbers:

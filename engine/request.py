@@ -149,7 +149,7 @@ class SpeechRequest:
     voice: a Voice, an EncodedVoice, the name of a saved voice, or None for the model's own.
     speed: 1.0 is the model's pace; only families that can pace themselves take another.
     request_id: names the request in logs and for `Engine.cancel`; None draws one.
-    language: an ISO 639-1 code for the normaliser and for families that speak several; None guesses.
+    language: an ISO 639-1 code or a tag such as "en-gb", for families that speak several; None leaves it to the text.
     normalize: whether numbers, dates, units and the like are written out before the model sees them.
     lexicon: written form to what is said instead, matched as whole words, case-insensitively.
     controls: the family's own dials by name (`ModelSpec.controls`).

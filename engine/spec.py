@@ -235,6 +235,7 @@ class ModelSpec:
     voices: tuple[str, ...] = ()  # the model's own, by name; the first is the default
     embeds_voices: bool = False  # a speaker encoder is at hand, which makes an embedding of reference audio
     supports_dialogue: bool = False  # [S1] and [S2] in the text switch speakers
+    languages: tuple[str, ...] = ()  # tags of those that a request may name; none where the family does not look
     controls: Mapping[str, ControlSpec] = field(default_factory=dict)
     # Words of instructions, such as "slowly", and the controls they set.
     instructions: Mapping[str, Mapping[str, tuple[float, ...]]] = field(default_factory=dict)

@@ -73,7 +73,8 @@ def check_text(text: str, *, max_chars: int) -> None:
 class TextOptions:
     """How a request wants its text read.
 
-    language: an ISO 639-1 code; None leaves it to the family. normalize: whether numbers and the like are written out.
+    language: an ISO 639-1 code or a tag; None leaves it to the family. normalize: whether numbers and the like are
+    written out.
     """
 
     language: str | None = None

@@ -729,7 +729,7 @@ def _check(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, plan: 
 
 def _keeps_bits_in_parallel(group: int, dtype: torch.dtype) -> bool:
     """Whether products of `group` rows are the same on whichever of this process' threads, and on all of them."""
-    return takes_pairs() or group in equal_counts(dtype, torch.get_num_threads())
+    return takes_pairs(dtype) or group in equal_counts(dtype, torch.get_num_threads())
 
 
 def _attend(

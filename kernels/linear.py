@@ -49,8 +49,7 @@ def pack_linear(weight: torch.Tensor, *, bias: torch.Tensor | None = None) -> Li
     num_out = weight.shape[0]
     if backend.use_triton(weight):
         return Linear(F.pad(weight.t(), (0, -num_out % _GPU_OUT_MULTIPLE)).contiguous(), bias, num_out, is_packed=False)
-    is_large = weight.numel() >= (ONEDNN_MIN_WEIGHTS if takes_pairs() else ONEDNN_MIN_WEIGHTS_PADDED)
-    if is_large and weight.device.type == "cpu" and weight.dtype == torch.float32 and _has_onednn():
+    if _fits_onednn(weight):
         packed = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), _ONEDNN_ROWS_HINT)
         return Linear(packed, bias, num_out, is_packed=True)
     return Linear(weight.t().contiguous(), bias, num_out, is_packed=False)
@@ -82,10 +81,14 @@ def gated_linear(x: torch.Tensor, layer: Linear) -> torch.Tensor:
     return silu_and_mul(linear(x, layer))
 
 
-def _has_onednn() -> bool:
+def _fits_onednn(weight: torch.Tensor) -> bool:
+    """Whether oneDNN's product is there for a weight, and worth its call."""
     # These two operations are what torch's own compiler calls for a frozen linear layer.
     names = ("_linear_pointwise", "_reorder_linear_weight")
-    return torch._C._has_mkldnn and all(hasattr(torch.ops.mkldnn, name) for name in names)
+    has_onednn = torch._C._has_mkldnn and all(hasattr(torch.ops.mkldnn, name) for name in names)
+    if weight.device.type != "cpu" or weight.dtype != torch.float32 or not has_onednn:
+        return False
+    return weight.numel() >= (ONEDNN_MIN_WEIGHTS if takes_pairs(weight.dtype) else ONEDNN_MIN_WEIGHTS_PADDED)
 
 
 def _matmul_onednn(x: torch.Tensor, weight: torch.Tensor, layer: Linear) -> torch.Tensor:

@@ -38,6 +38,6 @@ def equal_counts(dtype: torch.dtype, num_threads: int) -> tuple[int, ...]:
     return tuple(count for count in range(2, TILE_ROWS + 1) if is_equal(count))
 
 
-def takes_pairs() -> bool:
+def takes_pairs(dtype: torch.dtype) -> bool:
     """Whether 2 rows, those of a guided sequence, go through the GEMM as they are."""
-    return 2 in equal_counts(torch.float32, torch.get_num_threads())
+    return 2 in equal_counts(dtype, torch.get_num_threads())

@@ -14,7 +14,7 @@ key.addEventListener("change", () => {
   loadVoices();
 });
 
-let settings = { model: "", dialogue: false, controls: [], max_input_chars: 4096, imitates: false };
+let settings = { model: "", dialogue: false, controls: {}, instructions: [], languages: [], max_input_chars: 4096, imitates: false };
 let speech = null; // the latest: what is being heard, or can be heard again
 
 function headers() {
@@ -166,10 +166,17 @@ function text() {
 function bodyOf(format) {
   const body = { model: settings.model, voice: find("voice").value || "default", input: text(), speed: Number(find("speed").value) };
   if (find("seed").value !== "") body.seed = Number(find("seed").value);
-  for (const field of find("controls").querySelectorAll("input, select"))
-    if (field.value !== "") body[field.name] = field.tagName === "SELECT" ? field.value : Number(field.value);
+  for (const name of ["instructions", "language"]) if (find(name).value.trim()) body[name] = find(name).value.trim();
+  for (const field of find("dials").querySelectorAll("input")) if (field.value.trim()) body[field.name] = dialOf(field.value.trim());
   if (format === "pcm") return { ...body, response_format: "pcm", stream_format: "sse", word_timestamps: true };
   return { ...body, response_format: format };
+}
+
+// A name, a number, or numbers with commas between.
+function dialOf(value) {
+  const numbers = value.split(",").map(Number);
+  if (numbers.some(Number.isNaN)) return value;
+  return numbers.length === 1 ? numbers[0] : numbers;
 }
 
 async function* eventsOf(answer) {
@@ -388,29 +395,53 @@ async function loadSettings() {
   find("own-voice").hidden = !settings.imitates;
   find("tabs").hidden = !settings.dialogue;
   find("speak").disabled = false;
-  const grid = find("controls").querySelector("div");
-  grid.replaceChildren(...settings.controls.map(controlOf));
-  find("controls").hidden = !settings.controls.length;
+  find("voice-transcript").required = settings.needs_transcript;
+  showControls();
   countChars();
   await loadVoices();
 }
 
-function controlOf(control) {
+function showControls() {
+  const { controls, instructions, languages } = settings;
+  find("dials").replaceChildren(...Object.entries(controls).flatMap(([name, control]) => controlOf(name, control)));
+  find("in-words").hidden = find("words-known").hidden = !instructions.length;
+  find("instruction-words").replaceChildren(...instructions.map((word) => new Option(word)));
+  find("words-known").textContent = `Words it acts on: ${instructions.join(", ")}`;
+  find("in-language").hidden = !languages.length;
+  const named = new Intl.DisplayNames([navigator.language, "en"], { type: "language" });
+  const choices = languages.map((tag) => new Option(`${nameOf(named, tag)} (${tag})`, tag));
+  find("language").append(...choices.sort((a, b) => a.text.localeCompare(b.text)));
+  find("told").hidden = !instructions.length && !languages.length;
+  find("controls").hidden = find("told").hidden && !Object.keys(controls).length;
+}
+
+function nameOf(named, tag) {
+  try {
+    return named.of(tag);
+  } catch (error) {
+    return tag; // some tags are the model's and no standard's
+  }
+}
+
+function controlOf(name, control) {
   const label = document.createElement("label");
   label.title = control.description;
-  label.append(control.name.replaceAll("_", " "));
-  let field;
+  label.append(name.replaceAll("_", " "));
+  const field = Object.assign(document.createElement("input"), { name, autocomplete: "off" });
+  const parts = [label];
   if (control.names.length) {
-    field = document.createElement("select");
-    field.append(new Option("as the model likes", ""), ...control.names.map((name) => new Option(name)));
+    const names = Object.assign(document.createElement("datalist"), { id: `names-of-${name}` });
+    names.append(...control.names.map((each) => new Option(each)));
+    field.setAttribute("list", names.id);
+    field.placeholder = `${control.names[0]}, or ${control.length} weights`;
+    parts.push(names);
   } else {
-    field = document.createElement("input");
-    Object.assign(field, { type: "number", min: control.low, max: control.high, step: "any" });
-    field.placeholder = control.default?.[0] ?? "";
+    const range = `${control.low} to ${control.high}`;
+    field.inputMode = "decimal";
+    field.placeholder = control.default === null ? range : `${control.default[0]} (${range})`;
   }
-  field.name = control.name;
   label.append(field);
-  return label;
+  return parts;
 }
 
 function setLoad(state, text) {

@@ -32,7 +32,6 @@ from declaim.engine.models.layers import (
     swiglu,
 )
 from declaim.engine.models.zonos_conditioning import (
-    DEFAULT_LANGUAGE,
     LANGUAGES,
     PUNCTUATION,
     PrefixConditioner,
@@ -40,6 +39,7 @@ from declaim.engine.models.zonos_conditioning import (
     conditions_of,
     encode_phonemes,
     find_language,
+    guess_language,
 )
 from declaim.engine.progress import Progress, ignore_progress
 from declaim.engine.safetensors_io import read_json
@@ -255,7 +255,7 @@ class ZonosModel:
         return self._embedding.dtype
 
     def segments(self, text: str, options: TextOptions) -> list[Segment]:
-        language = _check_language(options.language)
+        language = _spoken(options.language, text)
         rules = "en" if language.startswith("en") else "zh" if language in ("cmn", "yue", "hak") else None
         return speak(text, options, language=rules, max_chars=MAX_TEXT_CHARS, max_segment_chars=MAX_SEGMENT_CHARS)
 
@@ -264,14 +264,14 @@ class ZonosModel:
 
         A voice with a transcript is continued from its frames. One without is known by its embedding, and only where
         it has none by its frames.
-        language: an ISO 639-1 code or a tag of LANGUAGES; None is American English.
+        language: an ISO 639-1 code or a tag of LANGUAGES; None goes by the segment's letters.
         embedding of the voice: float32 [128], what the speaker encoder made of it.
         Raises: InvalidRequest, TooLong; ModelLoadError if espeak-ng is not installed.
         """
         config = self._config
         sampling, speed = settings.sampling, settings.speed
         voice_text, voice_codes, embedding = settings.voice.transcript, settings.voice.codes, settings.voice.embedding
-        spoken = _check_language(settings.language)
+        spoken = _spoken(settings.language, segment.text)
         if embedding is not None and embedding.shape != (SPEAKER_SIZE,):
             raise InvalidRequest(
                 f"the voice's embedding has shape {list(embedding.shape)}: this model takes [{SPEAKER_SIZE}]; encode"
@@ -358,8 +358,9 @@ class ZonosModel:
         return linear(hidden, self._head).float().view(len(hidden), NUM_CODEBOOKS, self._config.vocab_size)
 
 
-def _check_language(name: str | None) -> str:
-    spoken = DEFAULT_LANGUAGE if name is None else find_language(name)
+def _spoken(name: str | None, text: str) -> str:
+    """The language that a request names, or that its text is written in. Raises: InvalidRequest."""
+    spoken = guess_language(text) if name is None else find_language(name)
     if spoken is None:
         raise InvalidRequest(f"language is {name!r}: this model speaks {', '.join(LANGUAGES)}", param="language")
     return spoken
@@ -406,6 +407,7 @@ def zonos_spec(config: ZonosConfig, codec: CodecSpec) -> ModelSpec:
         has_side=False,
         supports_speed=config.prefix.takes("speaking_rate"),
         supports_voice_prompt=True,
+        languages=LANGUAGES,
         controls=config.prefix.controls,
         instructions=config.prefix.instructions,
     )

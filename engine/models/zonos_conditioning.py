@@ -8,6 +8,8 @@ one with them: guidance compares the two. Source: Zonos-v0.1 `PrefixConditioner`
 from __future__ import annotations
 
 import math
+import unicodedata
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,9 +49,35 @@ LANGUAGES = tuple(
 DEFAULT_LANGUAGE = "en-us"
 # Where a plain ISO 639-1 code is not one of them.
 _SPOKEN_AS: Mapping[str, str] = {"en": "en-us", "fr": "fr-fr", "no": "nb", "zh": "cmn"}
+# What letters of a script are taken for, by the first word of their names in Unicode.
+_OF_SCRIPT: Mapping[str, str] = {
+    "CJK": "cmn",
+    "HIRAGANA": "ja",
+    "KATAKANA": "ja",
+    "HANGUL": "ko",
+    "CYRILLIC": "ru",
+    "GREEK": "el",
+    "ARABIC": "ar",
+    "DEVANAGARI": "hi",
+    "BENGALI": "bn",
+    "TAMIL": "ta",
+    "TELUGU": "te",
+    "GEORGIAN": "ka",
+    "ARMENIAN": "hy",
+}
 
 EMOTIONS = ("happiness", "sadness", "disgust", "fear", "surprise", "anger", "other", "neutral")
 _CALM = (0.3077, 0.0256, 0.0256, 0.0256, 0.0256, 0.0256, 0.2564, 0.3077)
+
+
+_FEELINGS: Mapping[str, str] = {
+    "happy": "happiness",
+    "sad": "sadness",
+    "disgusted": "disgust",
+    "afraid": "fear",
+    "surprised": "surprise",
+    "angry": "anger",
+}
 
 
 def _mostly(emotion: str) -> tuple[float, ...]:
@@ -68,7 +96,9 @@ _CONTROLS: Mapping[str, tuple[str, ControlSpec]] = {
             1.0,
             _CALM,
             length=len(EMOTIONS),
-            names={name: _mostly(name) for name in EMOTIONS} | {"calm": _CALM},
+            names={name: _mostly(name) for name in EMOTIONS}
+            | {word: _mostly(name) for word, name in _FEELINGS.items()}
+            | {"calm": _CALM},
         ),
     ),
     "speaking_rate": ("speaking_rate", ControlSpec("phonemes a second: 10 is slow, 30 very fast", 0.0, 40.0, (15.0,))),
@@ -103,6 +133,7 @@ INSTRUCTIONS: Mapping[str, Mapping[str, tuple[float, ...]]] = {
     "slowly": {"speaking_rate": (10.0,)},
     "slow": {"speaking_rate": (10.0,)},
     "quickly": {"speaking_rate": (22.0,)},
+    "quick": {"speaking_rate": (22.0,)},
     "fast": {"speaking_rate": (22.0,)},
     "lively": {"pitch_std": (90.0,)},
     "expressive": {"pitch_std": (90.0,)},
@@ -299,6 +330,15 @@ def find_language(name: str) -> str | None:
     plain = wanted.split("-")[0]
     spoken = _SPOKEN_AS.get(plain, plain)
     return spoken if spoken in LANGUAGES else None
+
+
+def guess_language(text: str) -> str:
+    """What a text without a language is spoken as: by its most frequent script, Japanese where there is kana."""
+    scripts = Counter(unicodedata.name(letter, "LATIN").split()[0] for letter in text if letter.isalpha())
+    if scripts["CJK"] and (scripts["HIRAGANA"] or scripts["KATAKANA"]):
+        return "ja"
+    most = max(scripts, key=lambda script: scripts[script], default="LATIN")
+    return _OF_SCRIPT.get(most, DEFAULT_LANGUAGE)
 
 
 def conditions_of(

@@ -323,7 +323,7 @@ def test_session_close_speaks_the_rest_and_closes(world: World) -> None:
         ({"stream_audio": "yes"}, "stream_audio"),
         ({"sample_rate": 1}, "sample_rate"),
         ({"ref_audio": "!!"}, "ref_audio"),
-        ({"ref_audio": base64.b64encode(b"RIFF" + bytes(100)).decode()}, "ref_audio"),
+        ({"ref_audio": base64.b64encode(b"RIFF" + bytes(100)).decode(), "ref_text": "x"}, "ref_audio"),
     ],
 )
 def test_a_config_that_is_wrong_is_refused_before_any_text(world: World, config: dict[str, object], param: str) -> None:

@@ -19,8 +19,9 @@ from declaim.api.gate import OpenGate
 from declaim.api.page import build_page_router
 from declaim.api.serving import Serving
 from declaim.api.voices import VoiceStore, build_voices_router
+from declaim.engine import SpeechRequest
 from declaim.engine.errors import Overloaded, SequenceFailed
-from declaim.engine.spec import ModelSpec
+from declaim.engine.spec import ControlSpec, ModelSpec
 from tests.api.asgi_server import served
 from tests.api.fake_engine import FakeEngine, Script, eventually
 from tests.api.test_live_server import gauge, serve
@@ -420,3 +421,49 @@ def test_a_dialogue_is_written_by_turns_and_a_voice_is_uploaded(browser: Any, do
         page.until(lambda: len(engine.requests) > 1)
         assert len(engine.encoded) == 1
         page.browser.get("about:blank")
+
+
+class Moody(FakeEngine):
+    """Has dials, words and languages, and a speaker encoder."""
+
+    @property
+    def spec(self) -> ModelSpec:
+        mood = ControlSpec("weights of two", 0.0, 1.0, None, length=2, names={"glad": (1.0, 0.0)})
+        return replace(
+            super().spec,
+            embeds_voices=True,
+            controls={"emotion": mood, "speaking_rate": ControlSpec("sounds a second", 1.0, 40.0, (15.0,))},
+            instructions={"slowly": {"speaking_rate": (10.0,)}},
+            languages=("en-gb", "yue", "en-gb-x-rp"),
+        )
+
+
+def test_a_models_dials_words_and_languages_are_shown_and_sent(browser: Any, downloads: Path, tmp_path: Path) -> None:
+    engine = Moody()
+
+    def spoken(page: Page) -> SpeechRequest:
+        count = len(engine.requests)
+        page["speak"].click()
+        page.until(lambda: len(engine.requests) > count)
+        page.until_played()
+        return engine.requests[-1]
+
+    with serving(tmp_path, engine) as url:
+        page = Page(browser, downloads, url).open()
+        page.complaints()
+        assert page["words-known"].text == "Words it acts on: slowly"
+        languages = [option.text for option in Select(page["language"]).options]
+        assert languages[0] == "as the text is written" and "Cantonese (yue)" in languages and len(languages) == 4
+        assert not spoken(page).controls and engine.requests[-1].language is None
+        emotion, rate = page["dials"].find_elements("css selector", "input")
+        page["instructions"].send_keys("slowly")
+        Select(page["language"]).select_by_value("en-gb-x-rp")
+        emotion.send_keys("glad")
+        asked = spoken(page)
+        assert asked.controls == {"emotion": "glad", "speaking_rate": (10.0,)} and asked.language == "en-gb-x-rp"
+        emotion.clear()
+        emotion.send_keys("0.5, 1")
+        rate.send_keys("22.5")
+        assert spoken(page).controls == {"emotion": (0.5, 1), "speaking_rate": 22.5}
+        assert not page["voice-transcript"].get_attribute("required")
+        assert not page.complaints()

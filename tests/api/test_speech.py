@@ -27,7 +27,7 @@ from declaim.api.settings import ApiSettings
 from declaim.api.tenant_errors import RateLimited
 from declaim.engine import AudioChunk, Overloaded, SequenceFailed, SpeechRequest
 from declaim.engine.request import EncodedVoice, FinishReason, Word
-from declaim.engine.spec import ModelSpec
+from declaim.engine.spec import ControlSpec, ModelSpec
 from tests.api.fake_engine import FakeEngine, eventually, scripted
 from tests.api.fake_gate import KEY, FakeGate
 from tests.api.live import serving_at
@@ -225,20 +225,99 @@ def test_reference_audio_that_cannot_be_used_is_refused(ref_audio: str, ref_text
 def test_reference_audio_and_its_text_need_each_other(given: str) -> None:
     value = base64.b64encode(wav_bytes()).decode() if given == "ref_audio" else "I am me."
     missing = {"ref_audio": "ref_text", "ref_text": "ref_audio"}[given]
-    check_invalid(speak(FakeEngine(), **{given: value}), param=missing, code="missing_required_parameter")
+    engine = FakeEngine()
+    check_invalid(speak(engine, **{given: value}), param=missing, code="missing_required_parameter")
+    assert engine.encoded == []
+
+
+def test_reference_audio_needs_no_text_where_a_speaker_encoder_knows_the_voice() -> None:
+    class Embedding(FakeEngine):
+        @property
+        def spec(self) -> ModelSpec:
+            return replace(super().spec, embeds_voices=True)
+
+    engine = Embedding()
+    assert speak(engine, ref_audio=base64.b64encode(wav_bytes()).decode()).status_code == 200
+    voice = engine.requests[0].voice
+    assert isinstance(voice, EncodedVoice) and voice.transcript == ""
 
 
 @pytest.mark.parametrize(
-    ("language", "code"), [("en", "en"), ("zh-CN", "zh"), ("pt_BR", "pt"), ("German", "de"), ("auto", None), ("", None)]
+    ("language", "tag"),
+    [("en", "en"), ("zh-CN", "zh-cn"), ("pt_BR", "pt-br"), ("German", "de"), ("auto", None), ("", None)],
 )
-def test_language_and_the_other_extensions_reach_the_engine(language: str, code: str | None) -> None:
+def test_language_and_the_other_extensions_reach_the_engine(language: str, tag: str | None) -> None:
     engine = FakeEngine()
     dials = {"emotion": [0.1, 0.9], "speaking_rate": 15.0, "pitch_std": 20.0, "fmax": 22050, "quality": "high"}
     assert speak(engine, language=language, normalize=False, **dials).status_code == 200
     (request,) = engine.requests
-    assert (request.language, request.normalize) == (code, False)
+    assert (request.language, request.normalize) == (tag, False)
     assert request.controls == {**dials, "emotion": (0.1, 0.9)}
     check_invalid(speak(engine, language="klingon!"), param="language")
+
+
+class Dialled(FakeEngine):
+    """Has a dial, and acts on words."""
+
+    @property
+    def spec(self) -> ModelSpec:
+        mood = ControlSpec("weights of two", 0.0, 1.0, None, length=2, names={"glad": (1.0, 0.0)})
+        rate = ControlSpec("sounds a second", 1.0, 40.0, (15.0,))
+        words = {"gladly": {"emotion": (1.0, 0.0)}, "slowly": {"speaking_rate": (10.0,)}}
+        return replace(
+            super().spec,
+            controls={"emotion": mood, "speaking_rate": rate},
+            instructions=words,
+            languages=("en-gb", "yue"),
+        )
+
+
+@pytest.mark.parametrize(
+    ("body", "controls"),
+    [
+        ({"instructions": "Gladly, and slowly!"}, {"emotion": (1.0, 0.0), "speaking_rate": (10.0,)}),
+        ({"instructions": "slowly", "speaking_rate": 20}, {"speaking_rate": 20}),
+        ({"instructions": "not slowly, gladly"}, {"emotion": (1.0, 0.0)}),
+        ({"instructions": "Speak like a pirate.", "emotion": "glad"}, {"emotion": "glad"}),
+        ({"emotion": [0.5, 1], "speaking_rate": None, "volume": 3}, {"emotion": (0.5, 1)}),
+        ({"quality": 3}, {"quality": 3}),
+    ],
+)
+def test_instructions_and_dials_reach_the_engine_and_a_dial_goes_before_a_word(
+    body: dict[str, Any], controls: dict[str, Any]
+) -> None:
+    """A dial of another family is the engine's to refuse."""
+    engine = Dialled()
+    assert speak(engine, **body).status_code == 200
+    assert engine.requests[0].controls == controls
+
+
+@pytest.mark.parametrize("value", [True, {"glad": 1}, [0.5, None], [[1.0]], [True, 0.0]])
+def test_a_dial_that_is_no_number_name_or_list_is_refused(value: object) -> None:
+    engine = Dialled()
+    message = check_invalid(speak(engine, emotion=value), param="emotion")
+    assert "a number, a name or a list of numbers" in message and engine.requests == []
+
+
+def test_dials_words_and_languages_are_listed_and_documented() -> None:
+    app = gated(Dialled(), FakeGate())
+    card = ask(app, "GET", "/v1/models/tts-1", headers=KEY).json()
+    assert card["controls"]["emotion"] == {
+        "description": "weights of two",
+        "low": 0.0,
+        "high": 1.0,
+        "default": None,
+        "length": 2,
+        "names": ["glad"],
+    }
+    assert card["controls"]["speaking_rate"]["default"] == [15.0]
+    assert (card["instructions"], card["languages"]) == (["gladly", "slowly"], ["en-gb", "yue"])
+    taken = ask(app, "GET", "/openapi.json").json()["paths"][SPEECH]["post"]["requestBody"]["content"]
+    fields = taken["application/json"]["schema"]["properties"]
+    assert "phonemes a second" in fields["speaking_rate"]["description"] and "seed" in fields
+    strict = gated(Dialled(), FakeGate(), strict=True)
+    assert ask(strict, "POST", SPEECH, json={**BODY, "speaking_rate": 12}, headers=KEY).status_code == 200
+    check_invalid(ask(strict, "POST", SPEECH, json={**BODY, "volume": 3}, headers=KEY), param="volume")
 
 
 def test_longer_input_is_taken_where_the_operator_says_so() -> None:

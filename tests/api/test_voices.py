@@ -261,6 +261,18 @@ def test_a_voice_stored_before_the_speaker_encoder_gets_its_embedding_once(tmp_p
         assert is_embedded(removed) and removed.engine.encoded == []
 
 
+def test_a_voice_needs_a_transcript_only_where_no_speaker_encoder_knows_it(tmp_path: Path) -> None:
+    with world_at(tmp_path) as without:
+        refused = without.upload(file_of(speech()), consent=without.consent(), transcript="")
+        assert error_of(refused, 400)["param"] == "transcript" and without.engine.encoded == []
+    spec = replace(make_spec(RATE_HZ), embeds_voices=True)
+    with world_at(tmp_path, FakeEncoder(spec=spec)) as world:
+        made = world.upload(file_of(speech()), consent=world.consent(), transcript="")
+        assert made.status_code == 200, made.text
+        voice = asyncio.run(world.store.resolve("acme", made.json()["id"]))
+        assert isinstance(voice, EncodedVoice) and voice.embedding is not None and voice.transcript == ""
+
+
 def test_another_model_encodes_the_stored_sample_once(tmp_path: Path) -> None:
     with world_at(tmp_path) as before:
         made = before.voice()
