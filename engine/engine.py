@@ -182,6 +182,7 @@ class Engine:
                 max_step_positions=config.max_step_positions,
                 max_lead_s=config.max_lead_s,
                 hurries=model.device.type == "cpu",
+                scan_block=1 if self.spec.cache.state is None else self.spec.cache.state.scan_block,
             ),
         )
         self._capacity = Capacity(frame_s=1 / model.spec.codec.frame_rate_hz, max_batch=config.max_batch)

@@ -25,6 +25,7 @@ INT4_GROUPS = (128, 64, 32)
 _INT4_OUT_MULTIPLE, _INT4_BLOCK = 16, 128
 # kernels/matmul.py: products are split along their inputs until they fill the largest GPU.
 _SPLIT_TILE, _SPLIT_PROGRAMS, _MAX_SPLITS, _MIN_SPLIT_INPUTS = 64, 288, 16, 256
+_SCAN_BLOCK = 16  # kernels/mamba.py: positions of a prompt that a recurrent layer scans together
 
 # What Dia-1.6B-0626 says of itself, so that it can be planned for without a network.
 DIA_1_6B: Mapping[str, Any] = {
@@ -431,7 +432,7 @@ def zonos_parts(config: Mapping[str, Any], codec_config: Mapping[str, Any], *, n
             num_layers=layers.depth,
             num_kv_heads=num_kv,
             head_dim=dim,
-            state=StateSpec(num_mamba, width - 1, channels, heads, head_dim, size) if num_mamba else None,
+            state=StateSpec(num_mamba, width - 1, channels, heads, head_dim, size, _SCAN_BLOCK) if num_mamba else None,
         ),
         num_branches=2,
         num_drain_rows=_ZONOS_CODEBOOKS,

@@ -29,7 +29,7 @@ from declaim.kernels.mamba import StatePlan
 
 NEVER_DRAWN = -1e30  # a logit no guidance and no penalty brings back, and still a finite one
 
-REPLAY_POSITIONS = 256  # of one branch, run at once to make a lost state again
+REPLAY_POSITIONS = 256  # of one branch, run at once to make a lost state again; whole blocks of a scan
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -322,11 +322,14 @@ class Runner:
             return None
         device = self._model.device
         slots = [self.states.slot(run.sequence.sequence_id, run.branch) for run in runs]
+        scan_block = self.states.scan_block
+        blocked = [max(0, min(run.end, run.sequence.num_blocked(scan_block)) - run.first) for run in runs]
         return StatePlan(
             query_start=torch.tensor(starts, dtype=torch.int32, device=device),
             slots=torch.tensor(slots, device=device),
             is_new=torch.tensor([run.first == 0 for run in runs], device=device),
             has_new=any(run.first == 0 for run in runs),
+            num_blocked=torch.tensor(blocked, dtype=torch.int32, device=device) if any(blocked) else None,
         )
 
     def _slots(self, table: Items[int], begin: int, end: int) -> list[int]:

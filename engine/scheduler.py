@@ -61,15 +61,17 @@ Rank = tuple[int, float, int, int]  # one of the above, then arrival or when pla
 
 @dataclass(frozen=True, slots=True)
 class SchedulerLimits:
-    """max_batch: sequences in a step. max_step_positions: positions in a step, over all branches.
-    max_lead_s: a stream further ahead of its playback than this yields. hurries: whether tenants beyond their share
-    pause for first audio of the others, which is of use where a step's time grows with its sequences."""
+    """max_batch: sequences in a step. max_step_positions: positions in a step, over all branches, where a block of one
+    prompt does not take it further. max_lead_s: a stream further ahead of its playback than this yields. hurries:
+    whether tenants beyond their share pause for first audio of the others, which is of use where a step's time grows
+    with its sequences. scan_block: no step ends between so many positions of a prompt (`StateSpec`)."""
 
     block_size: int
     max_batch: int
     max_step_positions: int
     max_lead_s: float
     hurries: bool = False
+    scan_block: int = 1
 
 
 @dataclass(slots=True, eq=False)
@@ -456,13 +458,20 @@ class Scheduler:
 
     def _plan(self, places: list[_Place], *, spare: int) -> None:
         """Set the entries of those who need a look: blocks for the positions, which prefill has many of."""
+        is_first = True  # nobody's prompt was taken on yet
         for place in places:
             sequence = place.sequence
             if not (place.is_running and sequence.can_step):
                 place.entry = None
                 continue
             num_pending = sequence.num_pending
-            count = 1 + min(num_pending - 1, spare // place.num_branches)
+            count = 1 + min(num_pending - 1, max(0, spare) // place.num_branches)
+            if self._limits.scan_block > 1:
+                count = self._whole_blocks(sequence, count, is_first=is_first)
+                is_first = is_first and num_pending == 1
+                if not count:
+                    place.entry = None
+                    continue
             spare -= (count - 1) * place.num_branches
             if not self._hold(place, sequence.num_cached + count):
                 continue
@@ -472,6 +481,15 @@ class Scheduler:
             if is_decoding and sequence.num_cached and sequence.num_planned >= len(sequence.forced):
                 num_held = len(sequence.block_tables[0]) * self._limits.block_size - sequence.prompt.prefix_len
                 place.plain_until = min(num_held + 1, sequence.last_row + min(0, sequence.rule.num_drain_rows - 1))
+
+    def _whole_blocks(self, sequence: Sequence, count: int, *, is_first: bool) -> int:
+        """Of `count` positions as many as do not end between those of a scan's block; at least one block for the first
+        in a step, so that every prompt comes to its end."""
+        scan_block = self._limits.scan_block
+        end = sequence.num_cached + count
+        if end >= sequence.num_blocked(scan_block):
+            return count
+        return max(count - end % scan_block, scan_block if is_first else 0)
 
     # Blocks.
 

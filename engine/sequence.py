@@ -179,6 +179,11 @@ class Sequence:
     def num_prompt_frames(self) -> int:
         return len(self.prompt.prompt_frames)
 
+    def num_blocked(self, scan_block: int) -> int:
+        """How many positions are whole blocks of the prompt, which is what is known before anything is drawn."""
+        num_known = self.prompt.prefix_len + self.num_prompt_frames + 1
+        return num_known - num_known % scan_block
+
     @property
     def num_ready_frames(self) -> int:
         return frames.num_ready_frames(

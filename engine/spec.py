@@ -27,7 +27,8 @@ class StateSpec:
     """What recurrent layers carry from one position to the next: of one size however long the sequence.
 
     num_conv: the newest inputs of a causal convolution, each `conv_size` wide. num_heads, head_dim, size: a layer's
-    matrix state, [num_heads, head_dim, size].
+    matrix state, [num_heads, head_dim, size]. scan_block: a prompt's positions are scanned so many at a time, and no
+    step ends between them.
     """
 
     num_layers: int
@@ -36,6 +37,7 @@ class StateSpec:
     num_heads: int
     head_dim: int
     size: int
+    scan_block: int = 1
 
     def bytes_per_branch(self, element_bytes: int) -> int:
         """Bytes of one branch's state over all layers."""

@@ -33,6 +33,7 @@ class StateSlots:
             return torch.zeros(num_slots, spec.num_conv, spec.conv_size, dtype=dtype, device=device), matrices
 
         self.num_branches = num_branches
+        self.scan_block = spec.scan_block
         self.layers: tuple[LayerState, ...] = tuple(layer() for _ in range(spec.num_layers))
         self._num_seats = num_seats
         self._free = list(range(num_seats))

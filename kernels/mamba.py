@@ -1,14 +1,17 @@
 """Mamba-2's recurrent layer: a short causal convolution, the state's recurrence, and the gated norm after it.
 
-Each sequence has one slot of state, of one size however long it is. A step brings it some new positions, one while
-decoding and more in a prefill, which are taken one after the other either way: the state is rounded to its dtype after
-every position, so however a prompt is cut into steps, and whether it is computed again after a preemption, the bits are
-the same. The reference rounds after each decoded position too; its prefill, a chunked scan, rounds only at the end.
+Each sequence has one slot of state, of one size however long it is. A step brings it some new positions: one while
+decoding, which moves the state on and rounds it to its dtype, as the reference does; more in a prefill. A prompt is
+scanned in blocks of SCAN_BLOCK positions, by matrix products, and the state rounded after each; the reference, whose
+blocks are 256, rounds after the last. Blocks begin at multiples of SCAN_BLOCK and are never cut between steps, what is
+left of a prompt is taken position by position, and so is whatever was drawn, also when it is computed again after a
+preemption: so however a prompt is cut into steps, and whatever runs beside it, the bits are the same.
 Source: Dao & Gu 2024, section 6; state-spaces/mamba `selective_state_update`, `causal_conv1d_update`.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -20,6 +23,7 @@ from declaim.kernels import backend
 from declaim.kernels.activation import by_rows
 from declaim.kernels.norm import MAX_SIZE, rms_norm
 
+SCAN_BLOCK = 16  # positions; as many as a matrix instruction takes rows
 _TILE_CHANNELS = 256
 _TILE_DIM = 32
 _GROUP_BYTES = 1 << 18  # of states that the CPU works on together: they and what is made of them fit a core's cache
@@ -33,12 +37,15 @@ class StatePlan:
     query_start: int32 [S + 1], each one's first row. slots: int64 [S], where its state lies; -1 is padding of a
     captured graph, which stores nothing. is_new: bool [S], whether it has no position yet: its state is then zero.
     has_new: whether any is; the CPU need not look then.
+    num_blocked: int32 [S], how many of each one's rows, the first ones, are whole blocks of its prompt: a multiple of
+    SCAN_BLOCK, as is then the position of its first row. None where no sequence has any.
     """
 
     query_start: torch.Tensor
     slots: torch.Tensor
     is_new: torch.Tensor
     has_new: bool = True
+    num_blocked: torch.Tensor | None = None
 
 
 def allocate_states(
@@ -81,10 +88,11 @@ def state_scan_reference(
     state: torch.Tensor,
     plan: StatePlan,
 ) -> torch.Tensor:
-    """Position by position, head by head: S = S exp(dt a) + dt x B^T, y = S C + D x, in float32."""
+    """Position by position, head by head: S = S exp(dt a) + dt x B^T, y = S C + D x, in float32; S is rounded after
+    each block, and after each position that is in none."""
     _, num_heads, head_dim, size = state.shape
     out = xbc.new_empty(len(xbc), num_heads * head_dim)
-    for begin, end, slot, is_new in _runs(plan):
+    for (begin, end, slot, is_new), num_blocked in zip(_runs(plan), _blocked(plan), strict=True):
         matrix = torch.zeros_like(state[0]) if is_new or slot < 0 else state[slot]
         for t in range(begin, end):
             x, b, c = xbc[t].float().split([num_heads * head_dim, size, size])
@@ -93,7 +101,8 @@ def state_scan_reference(
             wide = matrix.float() * torch.exp(step * decay)[:, None, None]
             wide = wide + x[:, :, None] * (step[:, None] * b)[:, None]
             out[t] = ((wide * c).sum(-1) + skip[:, None] * x).flatten().to(xbc.dtype)
-            matrix = wide.to(state.dtype)
+            is_within = t - begin < num_blocked and (t - begin + 1) % SCAN_BLOCK
+            matrix = wide if is_within else wide.to(state.dtype)
         if slot >= 0:
             state[slot] = matrix
     return out
@@ -160,6 +169,15 @@ def _causal_conv_kernel(
 
 
 @triton.jit
+def _softplus(raw, LINEAR_FROM: tl.constexpr):
+    """log1p(exp(raw)) to the last digits: log(u) e / (u - 1) with u = 1 + e."""
+    e = tl.exp(tl.minimum(raw, LINEAR_FROM))
+    u = 1.0 + e
+    smooth = tl.where(u == 1.0, e, tl.log(u) * (e / tl.where(u == 1.0, 1.0, u - 1.0)))
+    return tl.where(raw > LINEAR_FROM, raw, smooth)
+
+
+@triton.jit
 def _state_scan_kernel(
     xbc,
     dt,
@@ -168,6 +186,7 @@ def _state_scan_kernel(
     dt_bias,
     state,
     query_start,
+    num_blocked,
     slots,
     is_new,
     out,
@@ -178,9 +197,14 @@ def _state_scan_kernel(
     SIZE: tl.constexpr,
     TILE_DIM: tl.constexpr,
     TILE_SIZE: tl.constexpr,
+    BLOCK: tl.constexpr,
     LINEAR_FROM: tl.constexpr,
 ):
-    """S = S exp(dt a) + dt x B^T, y = S C + D x for some dims of one head, over all new positions of one sequence."""
+    """S = S exp(dt a) + dt x B^T, y = S C + D x for some dims of one head, over all new positions of one sequence.
+
+    With l the sum of dt a from a block's first position on, its y are exp(l) C S^T + (C B^T * exp(l_t - l_j)) dt x,
+    j <= t, and then S = exp(l) S + (exp(l - l_j) dt x)^T B.
+    """
     sequence = tl.program_id(0)
     head = tl.program_id(1)
     dim = tl.program_id(2) * TILE_DIM + tl.arange(0, TILE_DIM)
@@ -196,14 +220,35 @@ def _state_scan_kernel(
     rate = tl.load(decay + head)
     through = tl.load(skip + head)
     shift = tl.load(dt_bias + head)
+    if num_blocked is not None:
+        t = tl.arange(0, BLOCK)
+        x_columns = (head * HEAD_DIM + dim)[None]
+        b_columns = (NUM_HEADS * HEAD_DIM + element)[None]
+        of_head, of_size = (dim < HEAD_DIM)[None], (element < SIZE)[None]
+        blocked_end = begin + tl.load(num_blocked + sequence)
+        for first in range(begin, blocked_end, BLOCK):
+            rows = (first + t).to(tl.int64)
+            step = _softplus(tl.load(dt + rows * dt_stride + head).to(tl.float32) + shift, LINEAR_FROM)
+            log_kept = tl.cumsum(step * rate, 0)
+            inputs = xbc + (rows * xbc_stride)[:, None]
+            x = tl.load(inputs + x_columns, mask=of_head, other=0.0).to(tl.float32)
+            b = tl.load(inputs + b_columns, mask=of_size, other=0.0).to(tl.float32)
+            c = tl.load(inputs + SIZE + b_columns, mask=of_size, other=0.0).to(tl.float32)
+            gain = step[:, None] * x
+            between = tl.where(t[:, None] >= t[None], log_kept[:, None] - log_kept[None], float("-inf"))
+            within = tl.dot(c, tl.trans(b), input_precision="ieee") * tl.exp(between)
+            y = tl.exp(log_kept)[:, None] * tl.dot(c, tl.trans(matrix), input_precision="ieee")
+            y += tl.dot(within, gain, input_precision="ieee") + through * x
+            to = out + (rows * (NUM_HEADS * HEAD_DIM))[:, None] + x_columns
+            tl.store(to, y.to(out.dtype.element_ty), mask=of_head)
+            last = tl.sum(tl.where(t == BLOCK - 1, log_kept, 0.0), 0)
+            kept = tl.trans(gain * tl.exp(last - log_kept)[:, None])
+            matrix = matrix * tl.exp(last) + tl.dot(kept, b, input_precision="ieee")
+            matrix = matrix.to(state.dtype.element_ty).to(tl.float32)
+        begin = blocked_end
     for offset in range(end - begin):
         row = (begin + offset).to(tl.int64)
-        raw = tl.load(dt + row * dt_stride + head).to(tl.float32) + shift
-        # log1p(exp(raw)) to the last digits: log(u) e / (u - 1) with u = 1 + e.
-        e = tl.exp(tl.minimum(raw, LINEAR_FROM))
-        u = 1.0 + e
-        smooth = tl.where(u == 1.0, e, tl.log(u) * (e / tl.where(u == 1.0, 1.0, u - 1.0)))
-        step = tl.where(raw > LINEAR_FROM, raw, smooth)
+        step = _softplus(tl.load(dt + row * dt_stride + head).to(tl.float32) + shift, LINEAR_FROM)
         inputs = xbc + row * xbc_stride
         x = tl.load(inputs + head * HEAD_DIM + dim, mask=dim < HEAD_DIM, other=0.0).to(tl.float32)
         b = tl.load(inputs + NUM_HEADS * HEAD_DIM + element, mask=element < SIZE, other=0.0).to(tl.float32)
@@ -292,7 +337,7 @@ def state_scan(
     side by side. decay (negative), skip, dt_bias: float32 [heads]; state: [slots, heads, D, size], as `allocate_states`
     lays it out (on the CPU another layout costs copies).
     Returns y [N, heads * D] in the dtype of xbc. A row depends on its own sequence alone, to the last bit, and the
-    state is rounded to its dtype after every position.
+    state is rounded to its dtype after every block, and after every position that is in none.
     Raises: ValueError for shapes, strides or dtypes that do not fit.
     Source: Dao & Gu 2024, equation 1 with a scalar times identity.
     """
@@ -310,7 +355,7 @@ def state_scan(
     if not backend.use_triton(xbc):
         return _state_scan_cpu(xbc, dt, decay, skip, dt_bias, state, plan)
     out = torch.empty(len(xbc), num_heads * head_dim, dtype=xbc.dtype, device=xbc.device)
-    tile_dim = min(_TILE_DIM, triton.next_power_of_2(head_dim))
+    tile_dim = min(_TILE_DIM, max(16, triton.next_power_of_2(head_dim)))
     backend.launch(
         _state_scan_kernel,
         (len(plan.slots), num_heads, triton.cdiv(head_dim, tile_dim)),
@@ -322,6 +367,7 @@ def state_scan(
             "dt_bias": dt_bias,
             "state": state,
             "query_start": plan.query_start,
+            "num_blocked": plan.num_blocked,
             "slots": plan.slots,
             "is_new": plan.is_new,
             "out": out,
@@ -333,7 +379,8 @@ def state_scan(
             "HEAD_DIM": head_dim,
             "SIZE": size,
             "TILE_DIM": tile_dim,
-            "TILE_SIZE": triton.next_power_of_2(size),
+            "TILE_SIZE": max(16, triton.next_power_of_2(size)),
+            "BLOCK": SCAN_BLOCK,
             "LINEAR_FROM": _LINEAR_FROM,
         },
         warps=4,
@@ -377,6 +424,11 @@ def gated_rms_norm(y: torch.Tensor, z: torch.Tensor, weight: torch.Tensor, *, ep
         stages=1,
     )
     return out
+
+
+def _blocked(plan: StatePlan) -> list[int]:
+    """How many rows of each sequence are whole blocks."""
+    return [0] * len(plan.slots) if plan.num_blocked is None else plan.num_blocked.tolist()
 
 
 def _runs(plan: StatePlan) -> list[tuple[int, int, int, bool]]:
@@ -431,7 +483,8 @@ def _state_scan_cpu(
     inner = num_heads * head_dim
     x, b, c = xbc.float().split([inner, size, size], dim=1)
     step = by_rows(F.softplus, dt.float() + dt_bias)
-    kept = _for_each_dim(by_rows(torch.exp, step * decay), head_dim)[:, None]
+    log_kept = step * decay
+    kept = _for_each_dim(by_rows(torch.exp, log_kept), head_dim)[:, None]
     gain = (_for_each_dim(step, head_dim) * x)[:, None]
     inputs, reads = b[..., None], _aligned_rows(c)[:, None]
     out = torch.empty(len(xbc), 1, inner)
@@ -456,15 +509,43 @@ def _state_scan_cpu(
             move(group, rows)
             states.index_copy_(0, plan.slots[rows], group)
     else:
-        for begin, end, slot, is_new in _runs(plan):
+        for (begin, end, slot, is_new), num_blocked in zip(_runs(plan), _blocked(plan), strict=True):
             stored = states[slot : slot + 1]
             if is_new:
                 stored.zero_()
-            for row in range(begin, end):
+            for first in range(begin, begin + num_blocked, SCAN_BLOCK):
+                rows = slice(first, first + SCAN_BLOCK)
+                out[rows, 0] = _scan_block(stored[0], log_kept[rows], gain[rows, 0], b[rows], c[rows])
+            for row in range(begin + num_blocked, end):
                 move(stored, slice(row, row + 1))
     if states.data_ptr() != state.data_ptr():
         state.copy_(states.unflatten(2, (num_heads, head_dim)).permute(0, 2, 3, 1))
     return out[:, 0].add_(_for_each_dim(skip[None], head_dim) * x).to(xbc.dtype)
+
+
+def _scan_block(
+    stored: torch.Tensor, log_kept: torch.Tensor, gain: torch.Tensor, b: torch.Tensor, c: torch.Tensor
+) -> torch.Tensor:
+    """Move a state [size, inner] over a block, as `_state_scan_kernel` does; every product is of one shape.
+
+    log_kept: [L, heads], dt a; gain: [L, inner], dt x; b, c: [L, size] -> y without D x, [L, inner].
+    """
+    length, num_heads = log_kept.shape
+    head_dim = gain.shape[1] // num_heads
+    b, c, gain = _aligned_rows(b), _aligned_rows(c), gain.contiguous()
+    log_kept = log_kept.cumsum(0)
+    between = log_kept.t()[:, :, None] - log_kept.t()[:, None]  # [heads, t, j]
+    is_later = torch.ones(length, length, dtype=torch.bool).triu_(1)
+    within = (c @ b.t()) * between.masked_fill_(is_later, -math.inf).exp_()
+    of_heads = gain.view(length, num_heads, head_dim).transpose(0, 1)
+    matrix = stored.float()  # of a float32 state no copy
+    y = _for_each_dim(log_kept.exp(), head_dim) * (c @ matrix)
+    y += torch.bmm(within, of_heads).transpose(0, 1).flatten(1)
+    carried = gain * _for_each_dim((log_kept[-1] - log_kept).exp(), head_dim)
+    matrix.mul_(_for_each_dim(log_kept[-1:].exp(), head_dim)).addmm_(b.t(), carried)
+    if matrix is not stored:
+        stored.copy_(matrix)
+    return y
 
 
 def _for_each_dim(of_heads: torch.Tensor, head_dim: int) -> torch.Tensor:

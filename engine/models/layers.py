@@ -17,7 +17,7 @@ from declaim.engine.spec import StateSpec
 from declaim.engine.states import LayerState
 from declaim.kernels.attention import AttentionPlan, paged_attention
 from declaim.kernels.linear import Linear, gated_linear, linear
-from declaim.kernels.mamba import StatePlan, causal_conv, gated_rms_norm, state_scan
+from declaim.kernels.mamba import SCAN_BLOCK, StatePlan, causal_conv, gated_rms_norm, state_scan
 from declaim.kernels.norm import rms_norm
 from declaim.kernels.rope import apply_rotary, rotary_and_cache
 
@@ -80,7 +80,15 @@ class MambaShape:
         return self.inner + self.num_channels + self.num_heads
 
     def state_spec(self, num_layers: int) -> StateSpec:
-        return StateSpec(num_layers, self.width - 1, self.num_channels, self.num_heads, self.head_dim, self.size)
+        return StateSpec(
+            num_layers,
+            num_conv=self.width - 1,
+            conv_size=self.num_channels,
+            num_heads=self.num_heads,
+            head_dim=self.head_dim,
+            size=self.size,
+            scan_block=SCAN_BLOCK,
+        )
 
 
 @dataclass(frozen=True, slots=True, eq=False)

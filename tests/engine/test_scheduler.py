@@ -61,12 +61,13 @@ def make_scheduler(
     max_batch: int = 8,
     max_step_positions: int = 64,
     max_lead_s: float = 8.0,
+    scan_block: int = 1,
 ) -> Scheduler:
     return Scheduler(
         rule,
         BlockPool(num_blocks),
         BlockPool(num_cross_blocks),
-        limits=SchedulerLimits(block_size, max_batch, max_step_positions, max_lead_s),
+        limits=SchedulerLimits(block_size, max_batch, max_step_positions, max_lead_s, scan_block=scan_block),
     )
 
 
@@ -99,7 +100,9 @@ class Driver:
         entries = batch.entries
         assert len({entry.sequence.sequence_id for entry in entries}) == len(entries) <= self.limits.max_batch
         cost = sum(entry.num_positions * entry.sequence.num_branches for entry in entries)
-        assert cost <= self.limits.max_step_positions
+        scan_block = self.limits.scan_block
+        beyond = 0 if scan_block == 1 else scan_block * max((e.sequence.num_branches for e in entries), default=0)
+        assert cost <= self.limits.max_step_positions + beyond
         owned: list[int] = []
         for entry in entries:
             sequence = entry.sequence
@@ -540,3 +543,32 @@ def test_scheduling_256_of_the_running_sequences_takes_less_than_before_ranks_we
         scheduler.launch(batch)
         scheduler.commit(batch, drawn_by(batch))
     assert min(times) < 6e-4, times
+
+
+@pytest.mark.parametrize("max_step_positions", [8, 20, 33, 64, 300])
+@pytest.mark.parametrize("num_branches", [1, 2])
+def test_a_prompt_is_never_cut_between_the_positions_of_a_block_and_always_comes_to_its_end(
+    max_step_positions: int, num_branches: int
+) -> None:
+    """Also where the others leave less room than a block has, and where it is computed again."""
+    scheduler = make_scheduler(
+        num_blocks=26 * num_branches, max_batch=4, max_step_positions=max_step_positions, scan_block=16
+    )
+    sequences = [
+        make_sequence(i, prefix_len=prefix_len, num_frames=12, num_branches=num_branches)
+        for i, prefix_len in enumerate((3, 15, 16, 40, 50, 31))
+    ]
+    for sequence in sequences:
+        scheduler.add(sequence)
+    driver, num_cuts = Driver.of(scheduler), 0
+    for _ in range(600):
+        if not (scheduler.num_running or scheduler.num_waiting):
+            break
+        for entry in driver.step().entries:
+            num_cached = entry.sequence.num_cached
+            if 0 < num_cached < entry.sequence.num_blocked(16):
+                assert num_cached % 16 == 0
+                num_cuts += 1
+    assert all(sequence.is_done for sequence in sequences)
+    assert scheduler.num_preemptions > 0
+    assert bool(num_cuts) == (max_step_positions < 300)

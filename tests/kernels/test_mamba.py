@@ -8,6 +8,7 @@ from transformers import Mamba2Config
 from transformers.models.mamba2.modeling_mamba2 import Mamba2Mixer
 
 from declaim.kernels.mamba import (
+    SCAN_BLOCK,
     StatePlan,
     allocate_states,
     causal_conv,
@@ -26,9 +27,10 @@ def random(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def plan_of(counts: list[int], slots: list[int], is_new: list[bool]) -> StatePlan:
+def plan_of(counts: list[int], slots: list[int], is_new: list[bool], num_blocked: list[int] | None = None) -> StatePlan:
     starts = torch.tensor([0, *counts]).cumsum(0).to(torch.int32)
-    return StatePlan(starts, torch.tensor(slots), torch.tensor(is_new))
+    blocked = None if num_blocked is None else torch.tensor(num_blocked, dtype=torch.int32)
+    return StatePlan(starts, torch.tensor(slots), torch.tensor(is_new), any(is_new), blocked)
 
 
 def layer(dtype: torch.dtype) -> dict[str, torch.Tensor]:
@@ -58,7 +60,10 @@ def states(num_slots: int, dtype: torch.dtype = torch.float32) -> tuple[torch.Te
     return torch.full((num_slots, WIDTH - 1, CHANNELS), nan, dtype=dtype), matrices.fill_(nan)
 
 
-def test_a_layer_is_that_of_transformers() -> None:
+@pytest.mark.parametrize("num_blocked", [None, [16], [32]])
+def test_a_layer_is_that_of_transformers(num_blocked: list[int] | None) -> None:
+    """Position by position, and by blocks with a rest."""
+    count = 37
     config = Mamba2Config(
         hidden_size=INNER // 2,
         num_heads=HEADS,
@@ -77,9 +82,9 @@ def test_a_layer_is_that_of_transformers() -> None:
         for i, weight in enumerate(mixer.parameters()):
             if weight.ndim > 1:
                 weight.copy_(random(*weight.shape, seed=i) * 0.3)
-        x = random(1, 21, INNER // 2, seed=50)
+        x = random(1, count, INNER // 2, seed=50)
         expected = mixer(x)[0]
-        plan, (conv, ssm) = plan_of([21], [2], [True]), states(3)
+        plan, (conv, ssm) = plan_of([count], [2], [True], num_blocked), states(3)
         z, xbc, dt = mixer.in_proj(x[0]).split([INNER, CHANNELS, HEADS], dim=1)
         taps = mixer.conv1d.weight[:, 0].t().contiguous()
         mixed = causal_conv(xbc, taps, mixer.conv1d.bias, conv, plan)
@@ -90,13 +95,13 @@ def test_a_layer_is_that_of_transformers() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_step_is_its_reference_and_leaves_the_same_states(dtype: torch.dtype) -> None:
-    counts, slots, is_new = [1, 5, 2, 1], [3, 0, 4, 1], [False, True, False, False]
-    plan = plan_of(counts, slots, is_new)
-    projected = random(9, INNER + CHANNELS + HEADS, seed=7).to(dtype)
+    counts, slots, is_new = [1, 5, 2, 1, 35, 16], [3, 0, 4, 1, 5, 2], [False, True, False, False, True, False]
+    plan = plan_of(counts, slots, is_new, [0, 0, 0, 0, 32, 16])
+    projected = random(sum(counts), INNER + CHANNELS + HEADS, seed=7).to(dtype)
     z, xbc, dt = projected.split([INNER, CHANNELS, HEADS], dim=1)
     weights = layer(dtype)
-    conv = random(5, WIDTH - 1, CHANNELS, seed=8).to(dtype)
-    ssm = random(5, HEADS, DIM, SIZE, seed=9).to(dtype)
+    conv = random(6, WIDTH - 1, CHANNELS, seed=8).to(dtype)
+    ssm = random(6, HEADS, DIM, SIZE, seed=9).to(dtype)
     wanted_conv, wanted_ssm = conv.clone(), ssm.clone()
     mixed = causal_conv(xbc, weights["taps"], weights["bias"], conv, plan)
     wanted = causal_conv_reference(xbc, weights["taps"], weights["bias"], wanted_conv, plan)
@@ -137,6 +142,42 @@ def test_a_sequence_has_the_same_bits_in_any_company_and_however_it_is_cut(dtype
         assert torch.equal(ssm[[7, 5, 6, 8]], ssm[:4])
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("threads", [1, 2])
+def test_a_prompts_blocks_have_the_same_bits_in_any_company_and_wherever_it_is_cut_between_them(
+    dtype: torch.dtype, threads: int
+) -> None:
+    """A rest of some positions behind them, and some that were drawn; the prompt is 53 positions long."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        length, num_blocked, num_drawn = 53, 48, 6
+        inputs = [random(length + num_drawn, INNER + CHANNELS + HEADS, seed=30 + i).to(dtype) for i in range(3)]
+        conv, ssm = states(9, dtype)
+        wanted = []
+        for slot, x in enumerate(inputs):
+            plan = plan_of([length + num_drawn], [slot], [True], [num_blocked])
+            wanted.append(run(x, plan, conv, ssm))
+        assert not torch.equal(run(inputs[0], plan_of([59], [8], [True]), conv, ssm), wanted[0])
+        for cuts in ([0, 16, 48, 59], [0, 48, 50, 53, 59], [0, 32, 59], [0, 16, 32, 48, *range(49, 60)]):
+            done = [torch.empty(0, INNER, dtype=dtype) for _ in inputs]
+            for first, last in zip(cuts, cuts[1:], strict=False):
+                # Beside a whole prompt in a block of its own, and one that is a position further.
+                rows = torch.cat([inputs[2], *(x[first:last] for x in inputs[:2])])
+                blocked = max(0, min(last, num_blocked) - first)
+                counts = [59, last - first, last - first]
+                plan = plan_of(counts, [7, 3, 4], [True, first == 0, first == 0], [num_blocked, blocked, blocked])
+                whole, *parts = run(rows, plan, conv, ssm).split(counts)
+                assert torch.equal(whole, wanted[2])
+                done = [torch.cat([old, new]) for old, new in zip(done, parts, strict=False)]
+            for got, expected in zip(done, wanted, strict=False):
+                assert torch.equal(got, expected), cuts
+            assert torch.equal(ssm[[3, 4]], ssm[:2]) and torch.equal(conv[[3, 4]], conv[:2])
+    finally:
+        torch.set_num_threads(before)
+    assert SCAN_BLOCK == 16
 
 
 def test_what_does_not_fit_is_refused_with_its_shape() -> None:

@@ -31,9 +31,10 @@ def guarded_empty(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     yield from guard_allocations(monkeypatch)
 
 
-def plan_of(counts: list[int], slots: list[int], is_new: list[bool]) -> StatePlan:
+def plan_of(counts: list[int], slots: list[int], is_new: list[bool], num_blocked: list[int] | None = None) -> StatePlan:
     starts = torch.tensor([0, *counts]).cumsum(0).to(torch.int32)
-    return StatePlan(starts, torch.tensor(slots), torch.tensor(is_new))
+    blocked = None if num_blocked is None else torch.tensor(num_blocked, dtype=torch.int32)
+    return StatePlan(starts, torch.tensor(slots), torch.tensor(is_new), num_blocked=blocked)
 
 
 def state_of(plan: StatePlan, num_slots: int, *shape: int, seed: int, dtype: torch.dtype) -> torch.Tensor:
@@ -89,6 +90,14 @@ def test_every_kernel_is_its_reference_and_touches_no_other_slot(dtype: torch.dt
     check(plan, 6, head_dim=head_dim, size=size, dtype=dtype)
 
 
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize(("head_dim", "size"), [(8, 16), (40, 24), (64, 128)])
+def test_prompts_are_scanned_in_blocks(dtype: torch.dtype, head_dim: int, size: int) -> None:
+    """Beside one that decodes: two blocks and a rest, a block that goes on from a state, padding."""
+    plan = plan_of([1, 35, 16, 1], [3, 0, 4, -1], [False, True, False, False], [0, 32, 16, 0])
+    check(plan, 6, head_dim=head_dim, size=size, dtype=dtype)
+
+
 @settings(max_examples=8, deadline=None, derandomize=True)
 @given(data=st.data())
 def test_any_sequences(data: st.DataObject) -> None:
@@ -121,3 +130,20 @@ def test_a_sequence_has_the_same_bits_whole_and_position_by_position() -> None:
         mixed = causal_conv(xbc[t : t + 1], taps, bias, conv, plan)
         assert torch.equal(state_scan(mixed, dt[t : t + 1], *numbers, ssm, plan)[0], whole[t])
     assert torch.equal(ssm[0], ssm[1]) and torch.equal(conv[0], conv[1])
+
+
+def test_a_prompt_has_the_same_bits_wherever_it_is_cut_between_its_blocks() -> None:
+    head_dim, size, count, num_blocked = 8, 16, 37, 32
+    channels = HEADS * head_dim + 2 * size
+    xbc, dt = random(count, channels, seed=1), random(count, HEADS, seed=2)
+    numbers = (-random(HEADS, seed=6).exp(), random(HEADS, seed=7), random(HEADS, seed=8))
+    ssm = torch.full((3, HEADS, head_dim, size), math.nan)
+    whole = state_scan(xbc, dt, *numbers, ssm, plan_of([count], [0], [True], [num_blocked]))
+    for slot, cuts in ((1, [0, 16, 37]), (2, [0, 32, 33, 37])):
+        parts = []
+        for first, last in zip(cuts, cuts[1:], strict=False):
+            blocked = [max(0, min(last, num_blocked) - first)]
+            plan = plan_of([last - first], [slot], [first == 0], blocked if blocked[0] else None)
+            parts.append(state_scan(xbc[first:last], dt[first:last], *numbers, ssm, plan))
+        assert torch.equal(torch.cat(parts), whole)
+        assert torch.equal(ssm[slot], ssm[0])
