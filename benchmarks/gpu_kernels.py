@@ -221,11 +221,14 @@ def _check_rows(dtype: torch.dtype, checks: Checks) -> None:
 def _check_mamba(dtype: torch.dtype, checks: Checks) -> None:
     heads, head_dim, size = (2, 16, 16) if checks.run.quick else (64, 64, 128)
     name, inner = _name(dtype), heads * head_dim
-    channels, counts, num_slots = inner + 2 * size, [1, 6, 2, 1, 1], 6
+    channels, counts, num_slots = inner + 2 * size, [1, 38, 2, 1, 1], 6
     plan = mamba.StatePlan(
         torch.tensor([0, *counts], device=DEVICE).cumsum(0).to(torch.int32),
         torch.tensor([3, 0, 4, -1, 1], device=DEVICE),
         torch.tensor([False, True, False, False, True], device=DEVICE),
+        torch.tensor([0, 32, 0, 0, 0], dtype=torch.int32, device=DEVICE),
+        has_new=True,
+        has_blocks=True,
     )
     x = torch.randn(sum(counts), inner + channels + heads, device=DEVICE).to(dtype)
     z, xbc, dt = x.split([inner, channels, heads], dim=1)

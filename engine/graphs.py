@@ -398,6 +398,9 @@ class GraphRunner:
                 query_start=torch.arange(len(tables) + 1, dtype=torch.int32, device=seats.device),
                 slots=state_slots,
                 is_new=torch.zeros_like(is_there),
+                num_blocked=torch.zeros(len(tables), dtype=torch.int32, device=seats.device),
+                has_new=False,
+                has_blocks=False,
             )
         context = StepContext(
             positions=positions,

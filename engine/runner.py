@@ -328,8 +328,9 @@ class Runner:
             query_start=torch.tensor(starts, dtype=torch.int32, device=device),
             slots=torch.tensor(slots, device=device),
             is_new=torch.tensor([run.first == 0 for run in runs], device=device),
+            num_blocked=torch.tensor(blocked, dtype=torch.int32, device=device),
             has_new=any(run.first == 0 for run in runs),
-            num_blocked=torch.tensor(blocked, dtype=torch.int32, device=device) if any(blocked) else None,
+            has_blocks=any(blocked),
         )
 
     def _slots(self, table: Items[int], begin: int, end: int) -> list[int]:

@@ -26,7 +26,9 @@ from declaim.kernels.norm import MAX_SIZE, rms_norm
 SCAN_BLOCK = 16  # positions; as many as a matrix instruction takes rows
 _TILE_CHANNELS = 256
 _TILE_DIM = 32
+_BLOCK_TILE_DIM, _BLOCK_WARPS = 16, 8  # with more dims or fewer warps the products' operands do not fit registers
 _GROUP_BYTES = 1 << 18  # of states that the CPU works on together: they and what is made of them fit a core's cache
+_NOT_LATER = torch.full((SCAN_BLOCK, SCAN_BLOCK), -math.inf).triu_(1)  # to what is added: [t, j], -inf for j > t
 _LINEAR_FROM = 20.0  # softplus of more than this is its argument, as torch has it
 
 
@@ -36,16 +38,17 @@ class StatePlan:
 
     query_start: int32 [S + 1], each one's first row. slots: int64 [S], where its state lies; -1 is padding of a
     captured graph, which stores nothing. is_new: bool [S], whether it has no position yet: its state is then zero.
-    has_new: whether any is; the CPU need not look then.
     num_blocked: int32 [S], how many of each one's rows, the first ones, are whole blocks of its prompt: a multiple of
-    SCAN_BLOCK, as is then the position of its first row. None where no sequence has any.
+    SCAN_BLOCK, as is then the position of its first row.
+    has_new, has_blocks: whether any sequence is, or has any.
     """
 
     query_start: torch.Tensor
     slots: torch.Tensor
     is_new: torch.Tensor
-    has_new: bool = True
-    num_blocked: torch.Tensor | None = None
+    num_blocked: torch.Tensor
+    has_new: bool
+    has_blocks: bool
 
 
 def allocate_states(
@@ -92,7 +95,7 @@ def state_scan_reference(
     each block, and after each position that is in none."""
     _, num_heads, head_dim, size = state.shape
     out = xbc.new_empty(len(xbc), num_heads * head_dim)
-    for (begin, end, slot, is_new), num_blocked in zip(_runs(plan), _blocked(plan), strict=True):
+    for (begin, end, slot, is_new), num_blocked in zip(_runs(plan), plan.num_blocked.tolist(), strict=True):
         matrix = torch.zeros_like(state[0]) if is_new or slot < 0 else state[slot]
         for t in range(begin, end):
             x, b, c = xbc[t].float().split([num_heads * head_dim, size, size])
@@ -178,7 +181,7 @@ def _softplus(raw, LINEAR_FROM: tl.constexpr):
 
 
 @triton.jit
-def _state_scan_kernel(
+def _block_scan_kernel(
     xbc,
     dt,
     decay,
@@ -199,53 +202,96 @@ def _state_scan_kernel(
     TILE_SIZE: tl.constexpr,
     BLOCK: tl.constexpr,
     LINEAR_FROM: tl.constexpr,
+    OPERAND: tl.constexpr,
 ):
-    """S = S exp(dt a) + dt x B^T, y = S C + D x for some dims of one head, over all new positions of one sequence.
+    """`_state_scan_kernel` for the rows of one sequence that are whole blocks.
 
     With l the sum of dt a from a block's first position on, its y are exp(l) C S^T + (C B^T * exp(l_t - l_j)) dt x,
-    j <= t, and then S = exp(l) S + (exp(l - l_j) dt x)^T B.
+    j <= t, and then S = exp(l) S + (exp(l - l_j) dt x)^T B. What products take in 16 bits, B, C and S as it was stored,
+    has no more; the others are in float32.
     """
+    sequence = tl.program_id(0)
+    num_rows = tl.load(num_blocked + sequence)
+    if num_rows > 0:
+        head = tl.program_id(1)
+        dim = tl.program_id(2) * TILE_DIM + tl.arange(0, TILE_DIM)
+        element = tl.arange(0, TILE_SIZE)
+        t = tl.arange(0, BLOCK)
+        of_head, of_size = (dim < HEAD_DIM)[None], (element < SIZE)[None]
+        begin = tl.load(query_start + sequence)
+        slot = tl.load(slots + sequence)
+        num_past = tl.where(tl.load(is_new + sequence) == 0, SIZE, 0)
+        # [size, dims], as the products take it.
+        place = state + (slot * NUM_HEADS + head) * (HEAD_DIM * SIZE) + dim[None] * SIZE + element[:, None]
+        matrix = tl.load(place, mask=of_head & (element < num_past)[:, None], other=0.0).to(tl.float32)
+        rate = tl.load(decay + head)
+        through = tl.load(skip + head)
+        shift = tl.load(dt_bias + head)
+        x_columns = (head * HEAD_DIM + dim)[None]
+        b_columns = (NUM_HEADS * HEAD_DIM + element)[None]
+        for offset in range(0, num_rows, BLOCK):
+            rows = (begin + offset + t).to(tl.int64)
+            step = _softplus(tl.load(dt + rows * dt_stride + head).to(tl.float32) + shift, LINEAR_FROM)
+            log_kept = tl.cumsum(step * rate, 0)
+            inputs = xbc + (rows * xbc_stride)[:, None]
+            x = tl.load(inputs + x_columns, mask=of_head, other=0.0).to(tl.float32)
+            b = tl.load(inputs + b_columns, mask=of_size, other=0.0)
+            c = tl.load(inputs + SIZE + b_columns, mask=of_size, other=0.0).to(OPERAND)
+            gain = step[:, None] * x
+            between = tl.where(t[:, None] >= t[None], log_kept[:, None] - log_kept[None], float("-inf"))
+            within = tl.dot(c, tl.trans(b.to(OPERAND)), input_precision="ieee") * tl.exp(between)
+            y = tl.exp(log_kept)[:, None] * tl.dot(c, matrix.to(OPERAND), input_precision="ieee")
+            y += tl.dot(within, gain, input_precision="ieee") + through * x
+            to = out + (rows * (NUM_HEADS * HEAD_DIM))[:, None] + x_columns
+            tl.store(to, y.to(out.dtype.element_ty), mask=of_head)
+            last = tl.sum(tl.where(t == BLOCK - 1, log_kept, 0.0), 0)
+            carried = gain * tl.exp(last - log_kept)[:, None]
+            matrix = matrix * tl.exp(last) + tl.dot(tl.trans(b.to(tl.float32)), carried, input_precision="ieee")
+            matrix = matrix.to(state.dtype.element_ty).to(tl.float32)
+        tl.store(place, matrix.to(state.dtype.element_ty), mask=of_head & (element < SIZE)[:, None])
+
+
+@triton.jit
+def _state_scan_kernel(
+    xbc,
+    dt,
+    decay,
+    skip,
+    dt_bias,
+    state,
+    query_start,
+    num_blocked,
+    slots,
+    is_new,
+    out,
+    xbc_stride,
+    dt_stride,
+    NUM_HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    SIZE: tl.constexpr,
+    TILE_DIM: tl.constexpr,
+    TILE_SIZE: tl.constexpr,
+    LINEAR_FROM: tl.constexpr,
+):
+    """S = S exp(dt a) + dt x B^T, y = S C + D x for some dims of one head, over the rows of one sequence that are in no
+    block."""
     sequence = tl.program_id(0)
     head = tl.program_id(1)
     dim = tl.program_id(2) * TILE_DIM + tl.arange(0, TILE_DIM)
     element = tl.arange(0, TILE_SIZE)
     inside = (dim < HEAD_DIM)[:, None] & (element < SIZE)[None]
-    begin = tl.load(query_start + sequence)
+    num_rows = tl.load(num_blocked + sequence)
+    begin = tl.load(query_start + sequence) + num_rows
     end = tl.load(query_start + sequence + 1)
     slot = tl.load(slots + sequence)
-    num_past = tl.where((slot >= 0) & (tl.load(is_new + sequence) == 0), SIZE, 0)
+    has_past = (slot >= 0) & ((num_rows > 0) | (tl.load(is_new + sequence) == 0))
+    num_past = tl.where(has_past, SIZE, 0)
     place = (tl.maximum(slot, 0) * NUM_HEADS + head) * (HEAD_DIM * SIZE)
     place = state + place + dim[:, None] * SIZE + element[None]
     matrix = tl.load(place, mask=inside & (element < num_past)[None], other=0.0).to(tl.float32)
     rate = tl.load(decay + head)
     through = tl.load(skip + head)
     shift = tl.load(dt_bias + head)
-    if num_blocked is not None:
-        t = tl.arange(0, BLOCK)
-        x_columns = (head * HEAD_DIM + dim)[None]
-        b_columns = (NUM_HEADS * HEAD_DIM + element)[None]
-        of_head, of_size = (dim < HEAD_DIM)[None], (element < SIZE)[None]
-        blocked_end = begin + tl.load(num_blocked + sequence)
-        for first in range(begin, blocked_end, BLOCK):
-            rows = (first + t).to(tl.int64)
-            step = _softplus(tl.load(dt + rows * dt_stride + head).to(tl.float32) + shift, LINEAR_FROM)
-            log_kept = tl.cumsum(step * rate, 0)
-            inputs = xbc + (rows * xbc_stride)[:, None]
-            x = tl.load(inputs + x_columns, mask=of_head, other=0.0).to(tl.float32)
-            b = tl.load(inputs + b_columns, mask=of_size, other=0.0).to(tl.float32)
-            c = tl.load(inputs + SIZE + b_columns, mask=of_size, other=0.0).to(tl.float32)
-            gain = step[:, None] * x
-            between = tl.where(t[:, None] >= t[None], log_kept[:, None] - log_kept[None], float("-inf"))
-            within = tl.dot(c, tl.trans(b), input_precision="ieee") * tl.exp(between)
-            y = tl.exp(log_kept)[:, None] * tl.dot(c, tl.trans(matrix), input_precision="ieee")
-            y += tl.dot(within, gain, input_precision="ieee") + through * x
-            to = out + (rows * (NUM_HEADS * HEAD_DIM))[:, None] + x_columns
-            tl.store(to, y.to(out.dtype.element_ty), mask=of_head)
-            last = tl.sum(tl.where(t == BLOCK - 1, log_kept, 0.0), 0)
-            kept = tl.trans(gain * tl.exp(last - log_kept)[:, None])
-            matrix = matrix * tl.exp(last) + tl.dot(kept, b, input_precision="ieee")
-            matrix = matrix.to(state.dtype.element_ty).to(tl.float32)
-        begin = blocked_end
     for offset in range(end - begin):
         row = (begin + offset).to(tl.int64)
         step = _softplus(tl.load(dt + row * dt_stride + head).to(tl.float32) + shift, LINEAR_FROM)
@@ -355,37 +401,36 @@ def state_scan(
     if not backend.use_triton(xbc):
         return _state_scan_cpu(xbc, dt, decay, skip, dt_bias, state, plan)
     out = torch.empty(len(xbc), num_heads * head_dim, dtype=xbc.dtype, device=xbc.device)
-    tile_dim = min(_TILE_DIM, max(16, triton.next_power_of_2(head_dim)))
-    backend.launch(
-        _state_scan_kernel,
-        (len(plan.slots), num_heads, triton.cdiv(head_dim, tile_dim)),
-        {
-            "xbc": xbc,
-            "dt": dt,
-            "decay": decay,
-            "skip": skip,
-            "dt_bias": dt_bias,
-            "state": state,
-            "query_start": plan.query_start,
-            "num_blocked": plan.num_blocked,
-            "slots": plan.slots,
-            "is_new": plan.is_new,
-            "out": out,
-            "xbc_stride": xbc.stride(0),
-            "dt_stride": dt.stride(0),
-        },
-        {
-            "NUM_HEADS": num_heads,
-            "HEAD_DIM": head_dim,
-            "SIZE": size,
-            "TILE_DIM": tile_dim,
+    arguments = {
+        "xbc": xbc,
+        "dt": dt,
+        "decay": decay,
+        "skip": skip,
+        "dt_bias": dt_bias,
+        "state": state,
+        "query_start": plan.query_start,
+        "num_blocked": plan.num_blocked,
+        "slots": plan.slots,
+        "is_new": plan.is_new,
+        "out": out,
+        "xbc_stride": xbc.stride(0),
+        "dt_stride": dt.stride(0),
+    }
+    shape = {"NUM_HEADS": num_heads, "HEAD_DIM": head_dim, "SIZE": size, "LINEAR_FROM": _LINEAR_FROM}
+    # A kernel of their own: in one that has both, products could change the order in which a position's y is summed.
+    if plan.has_blocks:
+        grid = (len(plan.slots), num_heads, triton.cdiv(head_dim, _BLOCK_TILE_DIM))
+        tiles = {
+            "TILE_DIM": _BLOCK_TILE_DIM,
             "TILE_SIZE": max(16, triton.next_power_of_2(size)),
             "BLOCK": SCAN_BLOCK,
-            "LINEAR_FROM": _LINEAR_FROM,
-        },
-        warps=4,
-        stages=1,
-    )
+            "OPERAND": backend.dot_dtype(xbc) if state.dtype == xbc.dtype else tl.float32,
+        }
+        backend.launch(_block_scan_kernel, grid, arguments, shape | tiles, warps=_BLOCK_WARPS, stages=1)
+    tile_dim = min(_TILE_DIM, triton.next_power_of_2(head_dim))
+    tiles = {"TILE_DIM": tile_dim, "TILE_SIZE": triton.next_power_of_2(size)}
+    grid = (len(plan.slots), num_heads, triton.cdiv(head_dim, tile_dim))
+    backend.launch(_state_scan_kernel, grid, arguments, shape | tiles, warps=4, stages=1)
     return out
 
 
@@ -424,11 +469,6 @@ def gated_rms_norm(y: torch.Tensor, z: torch.Tensor, weight: torch.Tensor, *, ep
         stages=1,
     )
     return out
-
-
-def _blocked(plan: StatePlan) -> list[int]:
-    """How many rows of each sequence are whole blocks."""
-    return [0] * len(plan.slots) if plan.num_blocked is None else plan.num_blocked.tolist()
 
 
 def _runs(plan: StatePlan) -> list[tuple[int, int, int, bool]]:
@@ -509,7 +549,7 @@ def _state_scan_cpu(
             move(group, rows)
             states.index_copy_(0, plan.slots[rows], group)
     else:
-        for (begin, end, slot, is_new), num_blocked in zip(_runs(plan), _blocked(plan), strict=True):
+        for (begin, end, slot, is_new), num_blocked in zip(_runs(plan), plan.num_blocked.tolist(), strict=True):
             stored = states[slot : slot + 1]
             if is_new:
                 stored.zero_()
@@ -526,7 +566,7 @@ def _state_scan_cpu(
 def _scan_block(
     stored: torch.Tensor, log_kept: torch.Tensor, gain: torch.Tensor, b: torch.Tensor, c: torch.Tensor
 ) -> torch.Tensor:
-    """Move a state [size, inner] over a block, as `_state_scan_kernel` does; every product is of one shape.
+    """Move a state [size, inner] over a block, as `_block_scan_kernel` does; every product is of one shape.
 
     log_kept: [L, heads], dt a; gain: [L, inner], dt x; b, c: [L, size] -> y without D x, [L, inner].
     """
@@ -535,8 +575,7 @@ def _scan_block(
     b, c, gain = _aligned_rows(b), _aligned_rows(c), gain.contiguous()
     log_kept = log_kept.cumsum(0)
     between = log_kept.t()[:, :, None] - log_kept.t()[:, None]  # [heads, t, j]
-    is_later = torch.ones(length, length, dtype=torch.bool).triu_(1)
-    within = (c @ b.t()) * between.masked_fill_(is_later, -math.inf).exp_()
+    within = (c @ b.t()) * between.add_(_NOT_LATER).exp_()
     of_heads = gain.view(length, num_heads, head_dim).transpose(0, 1)
     matrix = stored.float()  # of a float32 state no copy
     y = _for_each_dim(log_kept.exp(), head_dim) * (c @ matrix)

@@ -29,8 +29,15 @@ def random(*shape: int, seed: int = 0) -> torch.Tensor:
 
 def plan_of(counts: list[int], slots: list[int], is_new: list[bool], num_blocked: list[int] | None = None) -> StatePlan:
     starts = torch.tensor([0, *counts]).cumsum(0).to(torch.int32)
-    blocked = None if num_blocked is None else torch.tensor(num_blocked, dtype=torch.int32)
-    return StatePlan(starts, torch.tensor(slots), torch.tensor(is_new), any(is_new), blocked)
+    blocked = torch.tensor(num_blocked or [0] * len(counts), dtype=torch.int32)
+    return StatePlan(
+        starts,
+        torch.tensor(slots),
+        torch.tensor(is_new),
+        blocked,
+        has_new=any(is_new),
+        has_blocks=bool(blocked.any()),
+    )
 
 
 def layer(dtype: torch.dtype) -> dict[str, torch.Tensor]:

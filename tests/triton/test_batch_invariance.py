@@ -133,19 +133,27 @@ class Attention:
 
 
 def _recurrence() -> Compute:
-    """A chunk of 3 positions for one sequence, one position for the others."""
+    """A block and a rest of 3 positions for one sequence, one position for the others."""
     heads, head_dim, size, width = 2, 4, 8, 4
     channels = heads * head_dim + 2 * size
-    xbc, dt = random(NUM_ROWS, 3, channels), random(NUM_ROWS, 3, heads, seed=1)
+    xbc, dt = random(NUM_ROWS, 19, channels), random(NUM_ROWS, 19, heads, seed=1)
     taps, bias = random(width, channels, seed=2), random(channels, seed=3)
     numbers = (-random(heads, seed=4).exp(), random(heads, seed=5), random(heads, seed=6))
-    counts = [3 if i == ROW else 1 for i in range(NUM_ROWS)]
+    counts = [19 if i == ROW else 1 for i in range(NUM_ROWS)]
+    blocked = [16 if i == ROW else 0 for i in range(NUM_ROWS)]
 
     def compute(rows: list[int]) -> torch.Tensor:
         conv = random(NUM_ROWS, width - 1, channels, seed=7)
         ssm = random(NUM_ROWS, heads, head_dim, size, seed=8)
         starts = torch.tensor([0, *(counts[i] for i in rows)]).cumsum(0).to(torch.int32)
-        plan = StatePlan(starts, torch.tensor(rows), torch.tensor([i % 5 == 1 for i in rows]))
+        plan = StatePlan(
+            starts,
+            torch.tensor(rows),
+            torch.tensor([i % 5 == 1 for i in rows]),
+            torch.tensor([blocked[i] for i in rows], dtype=torch.int32),
+            has_new=True,
+            has_blocks=ROW in rows,
+        )
         x, steps = (torch.cat([values[i, : counts[i]] for i in rows]) for values in (xbc, dt))
         y = state_scan(causal_conv(x, taps, bias, conv, plan), steps, *numbers, ssm, plan)
         return torch.cat([y[plan.query_start[1:].long() - 1], conv[rows].flatten(1), ssm[rows].flatten(1)], 1)

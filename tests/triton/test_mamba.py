@@ -33,8 +33,15 @@ def guarded_empty(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 def plan_of(counts: list[int], slots: list[int], is_new: list[bool], num_blocked: list[int] | None = None) -> StatePlan:
     starts = torch.tensor([0, *counts]).cumsum(0).to(torch.int32)
-    blocked = None if num_blocked is None else torch.tensor(num_blocked, dtype=torch.int32)
-    return StatePlan(starts, torch.tensor(slots), torch.tensor(is_new), num_blocked=blocked)
+    blocked = torch.tensor(num_blocked or [0] * len(counts), dtype=torch.int32)
+    return StatePlan(
+        starts,
+        torch.tensor(slots),
+        torch.tensor(is_new),
+        blocked,
+        has_new=any(is_new),
+        has_blocks=bool(blocked.any()),
+    )
 
 
 def state_of(plan: StatePlan, num_slots: int, *shape: int, seed: int, dtype: torch.dtype) -> torch.Tensor:
