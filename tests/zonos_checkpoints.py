@@ -21,12 +21,13 @@ from declaim.engine.codec.base import CodecRecipe
 from declaim.engine.codec.load import load_codec
 from declaim.engine.config import Int4Recipe
 from declaim.engine.models.zonos import ZonosModel
+from declaim.engine.request import ControlValue, EncodedVoice, SamplingParams
 from declaim.engine.speaker import ENCODER_NAME, PROJECTION_NAME, SpeakerNet
 from declaim.engine.spec import CodecSpec
 from tests.dia_checkpoints import make_dac
 
 FIXTURE = Path(__file__).parent / "engine" / "fixtures" / "zonos.npz"
-HIDDEN, NUM_CODEBOOKS, EOS = 64, 9, 1024
+HIDDEN, NUM_CODEBOOKS, EOS, MASKED = 64, 9, 1024, 1025
 FRAME_RATE_HZ = 44100 / 512
 DAC = CodecSpec(sample_rate_hz=44100, hop=512, left=10, right=10, num_codebooks=9, codebook_size=1024)
 
@@ -73,7 +74,7 @@ def _config(backbone: dict[str, Any], conditioners: list[dict[str, Any]]) -> dic
         "backbone": common | backbone,
         "prefix_conditioner": {"projection": "linear", "conditioners": conditioners},
         "eos_token_id": EOS,
-        "masked_token_id": 1025,
+        "masked_token_id": MASKED,
         "pad_vocab_to_multiple_of": 8,
     }
 
@@ -109,9 +110,11 @@ CONFIGS = {"transformer": TRANSFORMER, "hybrid": HYBRID}
 
 @dataclass(frozen=True)
 class Case:
-    """What the reference was asked. text: IPA, no espeak-ng between. num_prompt: frames of audio to continue, seeded.
+    """What the reference was asked. text: IPA, no espeak-ng between. conditions: by the reference's names.
 
-    eos_like: a code of the first codebook in whose place the checkpoint draws the end.
+    seed, eos_like: of the weights; the code of the first codebook in whose place they draw the end. num_prompt: frames
+    of audio to continue, in which the text's first num_said words are spoken. nth: of those that one checkpoint was
+    asked; each has a speaker and a prompt of its own.
     """
 
     family: str
@@ -122,20 +125,41 @@ class Case:
     guidance_scale: float = 2.0
     has_speaker: bool = False
     num_prompt: int = 0
+    num_said: int = 2
     language: str = "en-us"
     conditions: Mapping[str, Any] = field(default_factory=dict)
+    nth: int = 0
 
     @property
     def speaker(self) -> NDArray[np.float32] | None:
         if not self.has_speaker:
             return None
-        return np.random.RandomState(self.seed + 1).standard_normal(128).astype(np.float32)
+        return np.random.RandomState(self.seed + 1 + 100 * self.nth).standard_normal(128).astype(np.float32)
 
     @property
     def prompt_frames(self) -> NDArray[np.int32]:
         """[P, 9]."""
-        random = np.random.RandomState(self.seed + 2)
+        random = np.random.RandomState(self.seed + 2 + 100 * self.nth)
         return random.randint(0, 1024, (self.num_prompt, NUM_CODEBOOKS)).astype(np.int32)
+
+    @property
+    def voice(self) -> EncodedVoice:
+        said = self.text.split(" ")[: self.num_said] if self.num_prompt else []
+        return EncodedVoice(" ".join(said), self.prompt_frames, self.speaker)
+
+    @property
+    def text_to_say(self) -> str:
+        """What the voice has not said yet."""
+        return self.text.removeprefix(self.voice.transcript).strip()
+
+    @property
+    def controls(self) -> dict[str, ControlValue]:
+        """The conditions by this project's names."""
+        names = {"dnsmos_ovrl": "quality", "vqscore_8": "voice_quality"}
+        return {
+            names.get(name, name): tuple(value) if isinstance(value, list) else float(value)
+            for name, value in self.conditions.items()
+        }
 
 
 LIVELY = {
@@ -143,6 +167,13 @@ LIVELY = {
     "pitch_std": 85.0,
     "fmax": 24000.0,
     "speaking_rate": 21.5,
+}
+# What the hybrid alone knows; the reference leaves the first two open unless it is asked not to.
+RATED = {
+    "vqscore_8": [0.62, 0.65, 0.7, 0.71, 0.74, 0.77, 0.78, 0.79],
+    "dnsmos_ovrl": 3.6,
+    "ctc_loss": 12.5,
+    "speaker_noised": True,
 }
 
 
@@ -239,12 +270,18 @@ def make_zonos(
     return folder
 
 
-def load_zonos(folder: Path, *, codec: CodecSpec = DAC, recipe: Int4Recipe | None = None) -> ZonosModel:
-    """In float32 on the CPU, or as the recipe says; texts are taken for phonemes."""
+def load_zonos(
+    folder: Path,
+    *,
+    codec: CodecSpec = DAC,
+    recipe: Int4Recipe | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> ZonosModel:
+    """On the CPU, quantized as the recipe says; texts are taken for phonemes."""
     return ZonosModel.load(
         folder,
         codec=codec,
-        dtype=torch.float32,
+        dtype=dtype,
         device=torch.device("cpu"),
         recipe=recipe,
         phonemize=lambda text, language: text,
@@ -298,47 +335,130 @@ def load_dac(folder: Path, *, with_encoder: bool = False) -> Any:
     return load_codec(codec_recipe(folder), with_encoder=with_encoder)
 
 
-def _cases() -> dict[str, Case]:
-    return {
-        f"{family}-{name}": Case(family=family, **settings)
-        for family in CONFIGS
-        for name, settings in {
-            "plain": {"text": "həloʊ wɜːld", "seed": 3, "max_frames": 40},
-            "lively": {
-                "text": "ɪt kˈɔst fˈaɪv dˈɑːlɚz!",
-                "seed": 5,
-                "max_frames": 60,
-                "eos_like": EOS_LIKE[family]["lively"],
-                "has_speaker": True,
-                "language": "de",
-                "conditions": LIVELY,
-            },
-            "continued": {
-                "text": "ðə sˈʌn, ænd ðə mˈuːn.",
-                "seed": 8,
-                "max_frames": 60,
-                "eos_like": EOS_LIKE[family]["continued"],
-                "guidance_scale": 3.5,
-                "has_speaker": True,
-                "num_prompt": 11,
-            },
-            "short": {
-                "text": "nˈoʊ",
-                "seed": 13,
-                "max_frames": 60,
-                "eos_like": EOS_LIKE[family]["short"],
-                "guidance_scale": 1.5,
-            },
-        }.items()
-    }
-
-
 # Codes that the checkpoint without an end draws at some row; found by fixtures/make_zonos.py --find.
 EOS_LIKE: dict[str, dict[str, int | None]] = {
-    "transformer": {"lively": 117, "continued": 521, "short": 769},
-    "hybrid": {"lively": 598, "continued": 194, "short": 444},
+    "transformer": {"lively": 117, "continued": 521, "short": 769, "crowd": 906},
+    "hybrid": {"lively": 598, "continued": 194, "short": 444, "crowd": 223},
 }
-CASES = _cases()
+
+
+def _cases(family: str) -> dict[str, Case]:
+    ends = EOS_LIKE[family]
+    cases = {
+        "plain": Case(family, "həloʊ wɜːld", seed=3, max_frames=40),
+        "lively": Case(
+            family,
+            "ɪt kˈɔst fˈaɪv dˈɑːlɚz!",
+            seed=5,
+            max_frames=60,
+            eos_like=ends["lively"],
+            has_speaker=True,
+            language="de",
+            conditions=LIVELY,
+        ),
+        "continued": Case(
+            family,
+            "ðə sˈʌn, ænd ðə mˈuːn.",
+            seed=8,
+            max_frames=60,
+            eos_like=ends["continued"],
+            guidance_scale=3.5,
+            has_speaker=True,
+            num_prompt=11,
+        ),
+        "short": Case(family, "nˈoʊ", seed=13, max_frames=60, eos_like=ends["short"], guidance_scale=1.5),
+    }
+    if family == "hybrid":
+        cases["rated"] = Case(family, "klˈɪɹ ænd klˈiːn.", seed=17, max_frames=20, conditions=RATED)
+    return cases
+
+
+def _crowd(family: str) -> tuple[Case, ...]:
+    """Requests of one checkpoint, as different as they come."""
+    own = RATED if family == "hybrid" else {}
+    asked: list[dict[str, Any]] = [
+        {"text": "wˈʌn tˈuː θɹˈiː fˈoːɹ", "max_frames": 48},
+        {
+            "text": "ɡˈuːtən mˈɔʁɡən, vˈɛlt!",
+            "max_frames": 70,
+            "guidance_scale": 3.0,
+            "has_speaker": True,
+            "language": "de",
+            "conditions": LIVELY | own,
+        },
+        {
+            "text": "ðə lˈɔŋ hˈɑːt sˈʌmɚ, ænd nˈoʊ wˈɪnd æt ˈɔːl.",
+            "max_frames": 33,
+            "guidance_scale": 1.4,
+            "has_speaker": True,
+            "num_prompt": 17,
+            "language": "en-gb",
+        },
+        {
+            "text": "bɔ̃ʒˈuʁ",
+            "max_frames": 90,
+            "guidance_scale": 4.5,
+            "num_prompt": 5,
+            "num_said": 0,
+            "language": "fr-fr",
+            "conditions": {"speaking_rate": 30.0, "pitch_std": 120.0},
+        },
+        {"text": "oʊ", "max_frames": 80, "guidance_scale": 2.5, "has_speaker": True, "language": "pt-br"},
+        {
+            "text": "ni2 xˈɑu2, ʂˈi.ɻ5 tɕˈiɛ5: ɪt ɪz nˈoʊ sˈoʊ lˈɔŋ ɐ stˈoːɹi, bˌʌt ɪt ɪz tˈoʊld.",
+            "max_frames": 26,
+            "guidance_scale": 1.8,
+            "language": "cmn",
+            "conditions": own | {"fmax": 16_000.0},
+        },
+    ]
+    shared = {"family": family, "seed": 32, "eos_like": EOS_LIKE[family]["crowd"]}
+    return tuple(Case(**shared, **one, nth=i) for i, one in enumerate(asked))
+
+
+CASES = {f"{family}-{name}": case for family in CONFIGS for name, case in _cases(family).items()}
+CROWDS = {family: _crowd(family) for family in CONFIGS}
+# Whose prefix is computed in bfloat16 too.
+HALVED = ("transformer-lively", "hybrid-rated")
+SPEAKER_RATES_HZ = (16_000, 44_100)
+
+# What is drawn with; in each but the first min_p is told, which `generate` of the reference sets and its sampler not.
+SAMPLED: Mapping[str, SamplingParams] = {
+    "defaults": SamplingParams(),
+    "unfiltered": SamplingParams(min_p=0.0),
+    "cold": SamplingParams(temperature=0.7, min_p=0.1, repetition_penalty=1.5, guidance_scale=3.0),
+    "top_p, top_k": SamplingParams(top_p=0.8, top_k=40, min_p=0.0),
+    "top_p, min_p": SamplingParams(top_p=0.5, min_p=0.1),
+}
+# Of each run the first draw, which no penalty falls on; two whose past is not filled yet in every codebook; and one
+# whose past is.
+SAMPLED_DRAWS = {name: (0, 1, 2, 11) if name == "defaults" else (11,) for name in SAMPLED}
+
+
+@dataclass(frozen=True)
+class Script:
+    """A run whose logits are the same in every step, and whose codes are told, not drawn: what is left to draw from
+    then shows the filters alone. logits: float32 [2, 9, 1025], of both branches. prompt: int32 [P, 9]. drawn: int32
+    [draws, 9]."""
+
+    logits: NDArray[np.float32]
+    prompt: NDArray[np.int32]
+    drawn: NDArray[np.int32]
+
+    @classmethod
+    def write(cls) -> Script:
+        """The end is likely in every codebook. The past repeats itself: in likely codes, and in ones below 0."""
+        random = np.random.RandomState(31)
+        conditional = random.standard_normal((NUM_CODEBOOKS, EOS + 1))
+        logits = np.stack([conditional, conditional + 0.5 * random.standard_normal(conditional.shape)])
+        logits[:, :, EOS] = np.sort(2 * logits[0] - logits[1], axis=-1)[:, -4]
+        ranked = np.argsort(logits[1] - 2 * logits[0], axis=-1)
+        ranked = ranked[ranked != EOS].reshape(NUM_CODEBOOKS, EOS)
+        places = random.choice([0, 1, 3, 900], size=(12, NUM_CODEBOOKS))
+        drawn = ranked[np.arange(NUM_CODEBOOKS), places]
+        prompt = np.repeat(ranked[None, :, 0], 2, axis=0)
+        return cls(logits.astype(np.float32), prompt.astype(np.int32), drawn.astype(np.int32))
+
 
 # Texts that espeak-ng turns into phonemes, and their language.
 ESPEAK = (

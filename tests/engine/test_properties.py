@@ -206,7 +206,7 @@ def test_a_voice_prompt_is_excluded_from_the_result_and_changes_it() -> None:
             [SpeechRequest("hello", sampling=sampling), SpeechRequest("hello", voice=voice, sampling=sampling)],
             progress=False,
         )
-    assert plain.codes.shape == cloned.codes.shape == (10, 3)
+    assert plain.codes.shape == cloned.codes.shape == (10, FakeCodec.spec.num_codebooks)
     assert (plain.codes != cloned.codes).any()
 
 

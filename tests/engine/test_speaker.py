@@ -20,8 +20,8 @@ from declaim.engine import (
     SpeechRequest,
     Voice,
 )
-from declaim.engine.speaker import ENCODER_NAME, N_FFT, NUM_MELS, PROJECTION_NAME, SpeakerEncoder, mel_filters
-from tests.zonos_checkpoints import CONFIGS, FIXTURE, make_speaker, make_zonos, reference_audio
+from declaim.engine.speaker import ENCODER_NAME, N_FFT, NUM_MELS, PROJECTION_NAME, RATE_HZ, SpeakerEncoder, mel_filters
+from tests.zonos_checkpoints import CONFIGS, FIXTURE, SPEAKER_RATES_HZ, make_speaker, make_zonos, reference_audio
 
 CPU = torch.device("cpu")
 
@@ -31,16 +31,24 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_speaker(tmp_path_factory.mktemp("speaker"), seed=21)
 
 
-def test_an_embedding_is_the_references_whatever_the_recordings_rate(folder: Path) -> None:
+@pytest.fixture(scope="module")
+def encoder(folder: Path) -> SpeakerEncoder:
+    return SpeakerEncoder.load(folder, device=CPU)
+
+
+@pytest.mark.parametrize("rate_hz", SPEAKER_RATES_HZ)
+def test_an_embedding_is_the_references_whatever_the_recordings_rate(encoder: SpeakerEncoder, rate_hz: int) -> None:
+    """From another rate than its own, the reference resamples by another filter than is used here."""
     with np.load(FIXTURE) as arrays:
-        expected = arrays["speaker"]
-    encoder = SpeakerEncoder.load(folder, device=CPU)
-    audio = reference_audio(seed=22)
-    embedding = encoder.encode(Voice("", audio, 16_000))
+        expected = arrays[f"speaker.{rate_hz}"]
+    embedding = encoder.encode(Voice("", reference_audio(seed=22, rate_hz=rate_hz), rate_hz))
     assert embedding.dtype == np.float32
-    np.testing.assert_allclose(embedding, expected, atol=1e-4)
+    np.testing.assert_allclose(embedding, expected, atol=1e-4 if rate_hz == RATE_HZ else 2e-3)
+
+
+def test_a_recording_that_is_too_short_is_refused(encoder: SpeakerEncoder) -> None:
     with pytest.raises(InvalidRequest, match="at least 1 s"):
-        encoder.encode(Voice("", audio[:8000], 16_000))
+        encoder.encode(Voice("", reference_audio(seed=22, seconds=0.5), 16_000))
 
 
 def test_mel_bands_are_those_of_transformers() -> None:
