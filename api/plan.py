@@ -5,6 +5,7 @@ Owns how a plan looks; the arithmetic is the engine's (engine/memory.py).
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -51,16 +52,20 @@ def describe(model: str) -> ModelParts:
 
     Raises: ModelNotFound, ModelLoadError.
     """
-    from declaim.engine.loader import EMBEDDED_FOLDER, EMBEDDED_NAME
+    from declaim.engine.hub import Hub
+    from declaim.engine.loader import EMBEDDED_FOLDER, EMBEDDED_NAME, find_speaker
     from declaim.engine.safetensors_io import read_json
 
     if model in KNOWN_CONFIGS and not Path(model).exists():
         return describe_model(KNOWN_CONFIGS[model], DAC_44KHZ, name=model)
     folder = EMBEDDED_FOLDER if model == EMBEDDED_NAME else Path(model) if Path(model).exists() else _fetched(model)
     codec = folder / "codec" / "config.json"
-    return describe_model(
+    parts = describe_model(
         read_json(folder / "config.json"), read_json(codec) if codec.exists() else DAC_44KHZ, name=model
     )
+    # A hub model is pulled with its speaker encoder; a folder may be without.
+    is_without = parts.speaker is not None and Path(model).exists() and find_speaker(folder, Hub()) is None
+    return replace(parts, speaker=None) if is_without else parts
 
 
 def render_plan(plan: DevicePlan) -> RenderableType:

@@ -186,7 +186,7 @@ def _time_zonos(run: Run, family: str) -> None:
     parts = describe_model(config, read_json(codec_folder / "config.json"), name=f"Zonos {family}")
     device = probe_device(settings.torch_device, memory_gb=settings.memory_gb)
     plan = plan_device(parts, device, load=Load(max_batch=most), dtype="bfloat16")
-    dtype = "float32" if DEVICE == "cpu" else "bfloat16"
+    dtype = "float32" if DEVICE == "cpu" else "float16"
     codec = load_codec(CodecRecipe(kind="dac", folder=str(codec_folder), dtype=dtype, device=DEVICE))
     begin = time.perf_counter()
     with torch.inference_mode():

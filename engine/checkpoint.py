@@ -19,7 +19,14 @@ from declaim.engine.config import INT4_GROUP_SIZES, Int4Recipe
 from declaim.engine.errors import ModelLoadError
 from declaim.engine.integrity import QUANTIZATION_NAME, half_written, hash_file
 from declaim.engine.progress import Progress, ignore_progress
-from declaim.engine.safetensors_io import read_integer, read_json, read_tensors, release_pages, take_tensor
+from declaim.engine.safetensors_io import (
+    read_integer,
+    read_json,
+    read_tensors,
+    refuse_leftovers,
+    release_pages,
+    take_tensor,
+)
 from declaim.kernels.int4 import (
     Int4Weight,
     can_quantize,
@@ -105,6 +112,10 @@ class Checkpoint:
         self.weight_bytes += taken.numel() * taken.element_size()
         self._taken.add(tensor.nbytes)
         return taken
+
+    def refuse_leftovers(self) -> None:
+        """Once a model has taken what it has places for. Raises: ModelLoadError naming what nobody took."""
+        refuse_leftovers(self._tensors, self.folder)
 
     def take_linear(
         self, parts: Sequence[tuple[str, int]], num_in: int, *, bias: str | None = None, is_gate_last: bool = False

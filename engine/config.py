@@ -70,7 +70,7 @@ class EngineConfig:
     memory_gb: for everything: weights, codec, CUDA's context, graphs and workspaces, KV cache; None takes 90 % of a
     GPU's free memory, or three quarters of the host's.
     offload: on a GPU, "text" keeps what reads the text on the CPU, "none" nothing, not even what encodes reference
-    audio; "auto" moves the text there only where that makes room for what is asked.
+    audio; "auto" moves the text there, and before it a speaker encoder, only where that makes room for what is asked.
     num_blocks: fixes the number of KV blocks instead of planning it from memory.
     max_step_positions: positions computed in one step at most; a longer prompt is prefilled over several.
     eager: on a GPU, run each step operation by operation instead of as a captured graph: slower, for debugging.

@@ -50,7 +50,7 @@ from declaim.engine.guard import Guard, with_another_seed
 from declaim.engine.integrity import QUANTIZATION_NAME
 from declaim.engine.integrity import fingerprint as fingerprint_of
 from declaim.engine.lexicon import Lexicon
-from declaim.engine.loader import EMBEDDED_NAME, ModelFiles, find_model, load_model
+from declaim.engine.loader import EMBEDDED_NAME, ModelFiles, check_speaker, find_model, load_model
 from declaim.engine.memory import (
     GB,
     WINDOW_BATCHES,
@@ -214,12 +214,14 @@ class Engine:
         Raises: ModelNotFound, ModelLoadError, InvalidConfig, OutOfMemory, EngineError (Ray unreachable).
         """
         files = find_model(str(model), progress)
+        check_speaker(files)
         # Before they are read: what is written over them meanwhile must not pass for what was loaded.
         fingerprint = fingerprint_of(files.folder, files.codec_folder)
         plan, resolved = _plan_device(files, config or EngineConfig())
         loaded, codec, recipe = load_model(files, resolved, progress, is_text_offloaded=plan.is_text_offloaded)
         encoder_device = "cpu" if plan.is_reference_offloaded else recipe.device
         speaker_folder = files.speaker_folder
+        speaker_device = torch.device("cpu" if plan.is_speaker_offloaded else recipe.device)
         encoder_recipe = dataclasses.replace(recipe, dtype="float32", device=encoder_device)
         return cls(
             loaded,
@@ -230,9 +232,7 @@ class Engine:
             plan=plan,
             progress=progress,
             load_speaker=(
-                None
-                if speaker_folder is None
-                else lambda: SpeakerEncoder.load(speaker_folder, device=torch.device("cpu"))
+                None if speaker_folder is None else lambda: SpeakerEncoder.load(speaker_folder, device=speaker_device)
             ),
             load_encoder=(
                 (lambda: load_codec(encoder_recipe, with_encoder=True)) if loaded.spec.supports_voice_prompt else None
@@ -541,13 +541,16 @@ class Engine:
         key = digest.digest() + voice.transcript.encode("utf-8", "replace")
         with self._encoder_lock:
             if key not in self._encoded:
-                if self._encoder is None:
-                    self._encoder = self._load_encoder()
-                if self._speaker is None and self._load_speaker is not None:
-                    self._speaker = self._load_speaker()
                 with one_thread():
-                    codes = encode_voice(self._encoder, voice)
+                    if self._speaker is None and self._load_speaker is not None:
+                        self._speaker = self._load_speaker()
                     embedding = None if self._speaker is None else self._speaker.encode(voice)
+                    codes = self._no_codes()
+                    # Where an embedding tells the voice, frames are gone on from only if their words are known.
+                    if embedding is None or voice.transcript:
+                        if self._encoder is None:
+                            self._encoder = self._load_encoder()
+                        codes = encode_voice(self._encoder, voice)
                 self._encoded[key] = EncodedVoice(voice.transcript, codes, embedding)
                 while len(self._encoded) > MAX_CACHED_VOICES:
                     self._encoded.popitem(last=False)
@@ -873,6 +876,8 @@ def _plan_device(files: ModelFiles, config: EngineConfig) -> tuple[DevicePlan, E
     parts = describe_model(
         read_json(files.folder / "config.json"), read_json(files.codec_folder / "config.json"), name=files.name
     )
+    if files.speaker_folder is None:
+        parts = dataclasses.replace(parts, speaker=None)
     load = Load(
         max_batch=config.max_batch,
         block_size=config.block_size,

@@ -33,7 +33,7 @@ class EspeakPhonemizer:
         self._lock = threading.Lock()
 
     def __call__(self, text: str, language: str) -> str:
-        """language: as espeak-ng names it, "en-us".
+        """language: as espeak-ng names it, "en-us". What says nothing has no phonemes.
 
         Raises: ModelLoadError if espeak-ng is not installed; InvalidRequest for Japanese without a dictionary.
         """
@@ -42,6 +42,8 @@ class EspeakPhonemizer:
                 if self._japanese is None:
                     self._japanese = JapaneseReader()
                 text = self._japanese(text)
+            if not text.strip():
+                return ""
             if language not in self._backends:
                 self._backends[language] = self._load(language)
             phonemes: str = self._backends[language].phonemize([text], strip=True)[0]

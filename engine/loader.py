@@ -20,6 +20,8 @@ from declaim.engine.models.base import SpeechModel
 from declaim.engine.parts import is_zonos
 from declaim.engine.progress import Progress, ignore_progress
 from declaim.engine.safetensors_io import freed_at_once, read_json
+from declaim.engine.speaker import ENCODER_NAME, PROJECTION_NAME, SpeakerEncoder, fetch_command
+from declaim.engine.speaker import REPO_ID as ZONOS_SPEAKER
 from declaim.engine.spec import CodecSpec
 from declaim.kernels.threads import one_thread
 
@@ -29,8 +31,7 @@ EMBEDDED_NAME = "lark"
 EMBEDDED_FOLDER = Path(__file__).parent / "assets" / "lark"
 NAMING_FILES = ("config.json", "processor_config.json", "audio_tokenizer_config.json")
 ZONOS_CODEC = "descript/dac_44khz"  # a Zonos names none: all of them have this one
-ZONOS_SPEAKER = "Zyphra/Zonos-v0.1-speaker-embedding"
-SPEAKER_NAMES = ("ResNet293_SimAM_ASP_base.pt", "ResNet293_SimAM_ASP_base_LDA-128.pt")
+SPEAKER_NAMES = (ENCODER_NAME, PROJECTION_NAME)
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pth", ".pt", ".ckpt", ".gguf")
 
 
@@ -80,8 +81,34 @@ def find_model(name: str, progress: Progress = ignore_progress, *, hub: Hub | No
     codec = _dac_folder(folder, family)
     if isinstance(codec, str):
         codec = _fetch_codec(codec, hub or Hub(), progress)
-    speaker = _speaker_folder(folder, hub or Hub()) if family == "zonos" else None
+    speaker = find_speaker(folder, hub or Hub()) if family == "zonos" else None
     return ModelFiles(shown, folder, family, codec, speaker)
+
+
+def find_speaker(folder: Path, hub: Hub) -> Path | None:
+    """Where the speaker encoder of a Zonos lies: `speaker/` beside it, or what was pulled with one; None if nowhere."""
+    beside = folder / "speaker"
+    return beside if beside.is_dir() else _cached_speaker(hub)
+
+
+def check_speaker(files: ModelFiles) -> None:
+    """Before a weight is read: refuse a speaker encoder that could not be loaded, and say where one is missing.
+
+    Raises: ModelLoadError.
+    """
+    if files.family != "zonos":
+        return
+    if files.speaker_folder is not None:
+        SpeakerEncoder.check(files.speaker_folder)
+        return
+    is_of_hub = "/" in files.name
+    log.warning(
+        "event=no_speaker_encoder model=%s: %s is not here, so a voice is only known by going on from its recording,"
+        " which needs the words said in it; get it with: %s",
+        files.name,
+        ZONOS_SPEAKER,
+        f"declaim models pull {files.name}" if is_of_hub else fetch_command(files.folder / "speaker"),
+    )
 
 
 def read_family(folder: Path) -> Family:
@@ -138,11 +165,10 @@ def load_model(
     is_text_offloaded: what reads the text stays on the CPU, where the family allows it. Raises: ModelLoadError.
     """
     device, dtype = config.torch_device, config.torch_dtype
-    half = dtype if device.type == "cuda" else torch.float32
     recipe = CodecRecipe(
         kind="lark" if files.family == "lark" else "dac",
         folder=str(files.codec_folder),
-        dtype="float32" if half == torch.float32 else "float16" if half == torch.float16 else "bfloat16",
+        dtype=codec_dtype(device, dtype),
         device=str(device),
     )
     codec_bytes, model_bytes = _weight_bytes(files.codec_folder), _weight_bytes(files.folder)
@@ -161,6 +187,12 @@ def load_model(
         model = _load_family(files, codec.spec, config, is_text_offloaded=is_text_offloaded, progress=report)
     log.info("event=loaded model=%s family=%s dtype=%s device=%s", files.name, files.family, dtype, device)
     return model, codec, recipe
+
+
+def codec_dtype(device: torch.device, dtype: torch.dtype) -> Literal["float32", "float16"]:
+    """What a codec decodes in beside a model in `dtype`: of 16 bits always float16, as Zonos' reference, since bfloat16
+    has 17 dB more noise."""
+    return "float32" if device.type == "cpu" or dtype == torch.float32 else "float16"
 
 
 def _weight_bytes(folder: Path) -> int:
@@ -202,7 +234,7 @@ def _fetch(repo_id: str, hub: Hub, progress: Progress) -> Path:
             raise
         log.warning("event=hub_unreachable model=%s error=%r: the cached copy is used", repo_id, str(error))
         return folder
-    if all(hub.is_complete(repo) for repo in repos):
+    if all(_is_complete(repo, hub) for repo in repos):
         return hub.folder(repos[0])
     for repo in repos:
         fetched = sum(file.size for file in hub.missing(repo))
@@ -240,10 +272,20 @@ def _wanted(repo: HubRepo, hub: Hub) -> HubRepo:
     return repo.only(wanted | weights)
 
 
-def _speaker_folder(folder: Path, hub: Hub) -> Path | None:
-    """`speaker/` beside the model, or what was pulled with one."""
-    beside = folder / "speaker"
-    return beside if beside.is_dir() else hub.cached_folder(ZONOS_SPEAKER)
+def _is_complete(repo: HubRepo, hub: Hub) -> bool:
+    if repo.repo_id == ZONOS_SPEAKER:
+        return _cached_speaker(hub) == hub.folder(repo) and not hub.missing(repo)
+    return hub.is_complete(repo)
+
+
+def _cached_speaker(hub: Hub) -> Path | None:
+    """The newest snapshot of the speaker encoder that has both files. The hub knows models by a config.json; it has
+    none."""
+    from huggingface_hub import try_to_load_from_cache
+
+    found = [try_to_load_from_cache(ZONOS_SPEAKER, name, cache_dir=hub.cache) for name in SPEAKER_NAMES]
+    paths = [Path(path) for path in found if isinstance(path, str)]
+    return paths[0].parent if len(paths) == len(SPEAKER_NAMES) else None
 
 
 def _dac_folder(folder: Path, family: Family, *, has_codec_folder: bool | None = None) -> Path | str:

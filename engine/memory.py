@@ -113,6 +113,7 @@ class DevicePlan:
     precision: Precision
     is_text_offloaded: bool
     is_reference_offloaded: bool
+    is_speaker_offloaded: bool
     max_batch: int
     window_batch: int
     weights: tuple[Use, ...]
@@ -273,14 +274,15 @@ def plan_device(
 
     dtype "auto": on a GPU the largest precision of 16 bits or fewer that holds `load.max_batch` streams at once, or
     int4 if none does; on the CPU float32, whose results have the same bits in any batch. offload "auto": the text
-    encoder goes to the CPU only where that is what it takes to hold them, or to start at all; what encodes reference
-    audio always does, since its peak over the longest audio is larger than itself.
+    encoder goes to the CPU only where that is what it takes to hold them, or to start at all; so does the speaker
+    encoder, which gives way first; what makes codes of reference audio always does, since its peak over the longest
+    audio is larger than itself.
     Raises: InvalidConfig; OutOfMemory, naming the smallest budget and what would lower it.
     """
     check_precision(dtype)
     if offload not in ("auto", "none", "text"):
         raise InvalidConfig(f"offload is {offload!r}: use auto, none or text")
-    choices = _choices(device, dtype=dtype, offload=offload)
+    choices = _choices(parts, device, dtype=dtype, offload=offload)
     plans: list[DevicePlan] = []
     for choice in choices:
         plan = _plan_as(parts, device, load, choice)
@@ -302,20 +304,24 @@ class _Choice:
     precision: Precision
     is_text_offloaded: bool
     is_reference_offloaded: bool
+    is_speaker_offloaded: bool
     window_batch: int
 
 
-def _choices(device: Device, *, dtype: str, offload: str) -> tuple[_Choice, ...]:
-    """The preferred first: precision before place, place before the codec's windows. The last takes the least."""
+def _choices(parts: ModelParts, device: Device, *, dtype: str, offload: str) -> tuple[_Choice, ...]:
+    """The preferred first: precision before the text's place, that before the codec's windows, and these, which every
+    stream needs, before the place of the speaker encoder, which a voice needs once. The last takes the least."""
     precisions = _precisions(device, dtype)
     if device.kind == "cpu":
-        return tuple(_Choice(precision, False, True, 1) for precision in precisions)
+        return tuple(_Choice(precision, False, True, True, 1) for precision in precisions)
     text_places = {"auto": (False, True), "none": (False,), "text": (True,)}[offload]
+    speaker_places = (False,) if offload == "none" or parts.speaker is None else (False, True)
     return tuple(
-        _Choice(precision, is_text_offloaded, offload != "none", window_batch)
+        _Choice(precision, is_text_offloaded, offload != "none", is_speaker_offloaded, window_batch)
         for precision in precisions
         for is_text_offloaded in text_places
         for window_batch in WINDOW_BATCHES
+        for is_speaker_offloaded in speaker_places
     )
 
 
@@ -366,6 +372,7 @@ def _plan_as(parts: ModelParts, device: Device, load: Load, choice: _Choice) -> 
                 precision=choice.precision,
                 is_text_offloaded=choice.is_text_offloaded,
                 is_reference_offloaded=choice.is_reference_offloaded,
+                is_speaker_offloaded=choice.is_speaker_offloaded,
                 max_batch=max_batch,
                 window_batch=choice.window_batch,
                 weights=weights,
@@ -382,7 +389,7 @@ def batch_buckets(max_batch: int) -> tuple[int, ...]:
 
 
 def codec_element_bytes(device: Device, precision: Precision) -> int:
-    """Of the codec's decoder: float32 on the CPU, the activations' dtype on a GPU."""
+    """Of the codec's decoder: float32 on the CPU, and on a GPU float16 unless the model is float32."""
     return ELEMENT_BYTES[precision] if device.kind == "cuda" else 4
 
 
@@ -404,6 +411,9 @@ def _weights(parts: ModelParts, device: Device, choice: _Choice) -> tuple[tuple[
     if codec.num_encoding:
         place = there if choice.is_reference_offloaded else here
         place.append(Use("reference-audio encoder", codec.encoding_bytes))
+    if parts.speaker is not None:
+        place = there if choice.is_speaker_offloaded else here
+        place.append(Use("speaker encoder", parts.speaker.encoding_bytes))
     return tuple(here), tuple(there)
 
 
@@ -561,7 +571,7 @@ def _least_bytes(parts: ModelParts, device: Device, load: Load, *, dtype: str, o
         shape = _CacheShape(parts.cache, parts.num_branches, ELEMENT_BYTES[choice.precision], load.block_size)
         return _total(weights) + _total(workspaces) + shape.least_bytes
 
-    return min(needed(choice) for choice in _choices(device, dtype=dtype, offload=offload))
+    return min(needed(choice) for choice in _choices(parts, device, dtype=dtype, offload=offload))
 
 
 def _too_small(parts: ModelParts, device: Device, load: Load, *, dtype: str, offload: str) -> str:

@@ -64,7 +64,14 @@ DAC_44KHZ: Mapping[str, Any] = {
     "sampling_rate": 44100,
     "downsampling_ratios": [2, 4, 8, 8],
 }
-_ZONOS_ATTENTION = {"causal": True, "num_heads": 16, "num_heads_kv": 4, "rotary_emb_dim": 128}
+_ZONOS_ATTENTION = {
+    "causal": True,
+    "num_heads": 16,
+    "num_heads_kv": 4,
+    "rotary_emb_dim": 128,
+    "qkv_proj_bias": False,
+    "out_proj_bias": False,
+}
 _ZONOS_BACKBONE = {"d_model": 2048, "d_intermediate": 0, "attn_mlp_d_intermediate": 8192, "norm_epsilon": 1e-5}
 _ZONOS_CONDITIONERS: tuple[Mapping[str, Any], ...] = (
     {"type": "EspeakPhonemeConditioner", "name": "espeak"},
@@ -127,6 +134,10 @@ KNOWN_CONFIGS: Mapping[str, Mapping[str, Any]] = {
 SPARE_STATES = 8  # recurrent states beyond those of one step, for sequences that pause
 _ZONOS_MAX_POSITIONS, _ZONOS_MAX_TEXT = 6400, 640  # as models/zonos.py has them; phonemes of a segment
 _ZONOS_SYMBOLS, _ZONOS_CODEBOOKS = 189, 9
+# The speaker encoder, as speaker.py has it: blocks and channels of each stage, mel bands, mel frames a second, sizes.
+_SPEAKER_BLOCKS, _SPEAKER_CHANNELS, _SPEAKER_BANDS, _SPEAKER_RATE_HZ = (10, 20, 64, 3), (64, 128, 256, 512), 80, 100
+_SPEAKER_ATTENTION, _SPEAKER_HIDDEN, _SPEAKER_EMBEDDING = 128, 256, 128
+_SPEAKER_LIVE_TENSORS = 5  # of its widest stage: 4 on a GPU, and on the CPU 2 and what is computed at once
 
 _DIA_CROSS_PER_ROW = 0.15  # text bytes a row of codes, as models/dia.py expects of ordinary speech
 _MAX_REFERENCE_S = 30.0  # as voices.py takes it
@@ -228,13 +239,27 @@ class CodecParts:
 
 
 @dataclass(frozen=True, slots=True)
+class SpeakerParts:
+    """What makes an embedding of reference audio: its weights, and live activations of a second of it; all float32."""
+
+    num_weights: int
+    elements_per_s: int
+
+    @property
+    def encoding_bytes(self) -> int:
+        """Weights, and the peak over the longest reference audio."""
+        return 4 * (self.num_weights + math.ceil(_MAX_REFERENCE_S * self.elements_per_s))
+
+
+@dataclass(frozen=True, slots=True)
 class ModelParts:
     """A whole model, as the memory plan sees it.
 
     num_branches: sequences of KV that a guided request has. num_drain_rows: rows after the last frame's.
     logits_per_row: codebooks times vocabulary. row_elements: live activations of one position of a step.
     text_elements: the same of one position of the text, its cross-attention K and V not counted. side_elements: what a
-    running sequence keeps for each of its rows. num_heads, head_dim, cross_heads: of the query.
+    running sequence keeps for each of its rows. num_heads, head_dim, cross_heads: of the query. speaker: None where the
+    family has none, or it is not at hand.
     """
 
     name: str
@@ -251,6 +276,7 @@ class ModelParts:
     side_elements: int
     num_heads: int
     cross_heads: int
+    speaker: SpeakerParts | None = None
 
     def rows_for(self, seconds: float) -> int:
         """Positions that a stream of so many seconds caches in each branch, at most the model's own."""
@@ -444,6 +470,7 @@ def zonos_parts(config: Mapping[str, Any], codec_config: Mapping[str, Any], *, n
         side_elements=0,
         num_heads=num_heads,
         cross_heads=0,
+        speaker=speaker_parts(),
     )
 
 
@@ -466,6 +493,23 @@ def _conditioner_weights(prefix: Mapping[str, Any], hidden: int) -> int:
 
 def _projection_weights(kind: str, num_in: int, hidden: int) -> int:
     return {"none": 0, "linear": _dense(num_in, hidden)}.get(kind, _dense(num_in, hidden) + _dense(hidden, hidden))
+
+
+def speaker_parts() -> SpeakerParts:
+    """Zonos' speaker encoder, its norms folded into its convolutions: of one size, whatever the checkpoint."""
+    num_weights, num_in = _dense(9, _SPEAKER_CHANNELS[0]), _SPEAKER_CHANNELS[0]
+    for num_blocks, width in zip(_SPEAKER_BLOCKS, _SPEAKER_CHANNELS, strict=True):
+        shortcut = _dense(num_in, width) if num_in != width else 0
+        num_weights += _dense(9 * num_in, width) + shortcut + (2 * num_blocks - 1) * _dense(9 * width, width)
+        num_in = width
+    pooled = num_in * _SPEAKER_BANDS // 2 ** (len(_SPEAKER_BLOCKS) - 1)
+    # The attention's norm is not folded: four numbers a channel.
+    attention = _dense(pooled, _SPEAKER_ATTENTION) + 4 * _SPEAKER_ATTENTION + _dense(_SPEAKER_ATTENTION, pooled)
+    ends = _dense(2 * pooled, _SPEAKER_HIDDEN) + _dense(_SPEAKER_HIDDEN, _SPEAKER_EMBEDDING)
+    return SpeakerParts(
+        num_weights=num_weights + attention + ends,
+        elements_per_s=_SPEAKER_LIVE_TENSORS * _SPEAKER_CHANNELS[0] * _SPEAKER_BANDS * _SPEAKER_RATE_HZ,
+    )
 
 
 def dac_parts(config: Mapping[str, Any]) -> CodecParts:

@@ -112,7 +112,7 @@ class ZonosConfig:
         try:
             backbone, prefix = config["backbone"], config["prefix_conditioner"]
             attention, ssm = backbone["attn_cfg"], backbone.get("ssm_cfg") or {}
-            _check_backbone(backbone, ssm, source)
+            _check_backbone(backbone, attention, ssm, source)
             hidden, num_heads = backbone["d_model"], attention["num_heads"]
             head_dim, ffn = hidden // num_heads, backbone["attn_mlp_d_intermediate"]
             return cls(
@@ -147,12 +147,16 @@ class ZonosConfig:
             raise ModelLoadError(f"{source} has no {missing}: it is not the config of a Zonos model") from missing
 
 
-def _check_backbone(backbone: Mapping[str, Any], ssm: Mapping[str, Any], source: Path) -> None:
+def _check_backbone(
+    backbone: Mapping[str, Any], attention: Mapping[str, Any], ssm: Mapping[str, Any], source: Path
+) -> None:
     """Raises: ModelLoadError for settings that no published Zonos has."""
     expected = {
         "rms_norm": (backbone.get("rms_norm", False), False),
         "residual_in_fp32": (backbone.get("residual_in_fp32", False), False),
         "d_intermediate": (backbone.get("d_intermediate", 0) if ssm else 0, 0),
+        "attn_cfg.qkv_proj_bias": (attention.get("qkv_proj_bias", False), False),
+        "attn_cfg.out_proj_bias": (attention.get("out_proj_bias", False), False),
         "ssm_cfg.layer": (ssm.get("layer", "Mamba2"), "Mamba2"),
         "ssm_cfg.ngroups": (ssm.get("ngroups", 1), 1),
     }
@@ -238,13 +242,15 @@ class ZonosModel:
         with torch.inference_mode():
             weights = Checkpoint(folder, dtype=dtype, device=device, recipe=recipe, progress=progress)
             phonemize = phonemize or EspeakPhonemizer(punctuation=PUNCTUATION)
-            return cls(
+            model = cls(
                 config,
                 weights,
                 spec=zonos_spec(config, codec),
                 phonemize=phonemize,
                 num_head_rows=_num_head_rows(folder, config),
             )
+            weights.refuse_leftovers()
+            return model
 
     @property
     def device(self) -> torch.device:

@@ -16,9 +16,10 @@ from typer.testing import CliRunner, Result
 
 from declaim.api.plan import describe, plan, render_plan
 from declaim.engine.memory import Load, imagined_gpu, plan_device
-from declaim.engine.parts import DAC_44KHZ, DIA_1_6B
+from declaim.engine.parts import DAC_44KHZ, DIA_1_6B, ZONOS_TRANSFORMER
 
 DIA = "nari-labs/Dia-1.6B-0626"
+ZONOS = "Zyphra/Zonos-v0.1-transformer"
 
 
 @pytest.fixture(autouse=True)
@@ -99,6 +100,28 @@ def test_a_folder_is_planned_from_its_config_alone(tmp_path: Path) -> None:
     (tmp_path / "codec").mkdir()
     (tmp_path / "codec/config.json").write_text(json.dumps({**DAC_44KHZ, "decoder_hidden_size": 768}))
     assert describe(str(tmp_path)).codec.num_decoder < describe(DIA).codec.num_decoder
+
+
+def test_a_speaker_encoder_is_planned_on_the_card_or_beside_it() -> None:
+    roomy = planned(ZONOS, "--memory-gb", "24")
+    assert 0.5 < gigabytes(roomy, "speaker encoder") < 0.8
+    assert "speaker encoder" not in roomy.split("In host memory")[1]
+    beside = r"In host memory, beyond the budget: speaker encoder, 0\.\d+ GB"
+    assert re.search(beside, planned(ZONOS, "--memory-gb", "4.5"))
+    assert re.search(beside, planned(ZONOS, "--memory-gb", "24", "--device", "cpu"))
+    assert "speaker encoder" not in planned(DIA, "--memory-gb", "24")
+
+
+def test_a_folder_is_planned_with_a_speaker_encoder_only_where_it_has_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    folder = tmp_path / "zonos"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps({**ZONOS_TRANSFORMER}))
+    assert describe(str(folder)).speaker is None
+    (folder / "speaker").mkdir()
+    assert describe(str(folder)).speaker == describe(ZONOS).speaker is not None
 
 
 def test_the_table_fits_a_narrow_terminal() -> None:

@@ -3,18 +3,34 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from declaim.engine import Engine, EngineConfig, InvalidConfig, ModelLoadError, ModelNotFound, OutOfMemory
-from declaim.engine.loader import EMBEDDED_FOLDER, find_model
+from declaim.engine import Engine, EngineConfig, InvalidConfig, ModelLoadError, ModelNotFound, OutOfMemory, Voice
+from declaim.engine import engine as engine_module
+from declaim.engine.hub import Hub
+from declaim.engine.loader import (
+    EMBEDDED_FOLDER,
+    SPEAKER_NAMES,
+    ZONOS_CODEC,
+    ZONOS_SPEAKER,
+    codec_dtype,
+    find_model,
+)
+from declaim.engine.speaker import SpeakerEncoder, SpeakerNet
 from tests.dia_checkpoints import make_dia
+from tests.fake_hub import FakeRepo, serve_hub
+from tests.zonos_checkpoints import CONFIGS, make_zonos, reference_audio
 
 
 @pytest.fixture(scope="module")
@@ -219,3 +235,133 @@ def test_a_missing_embedded_voice_says_which_model_to_name(monkeypatch: pytest.M
     monkeypatch.setattr("declaim.engine.loader.EMBEDDED_FOLDER", tmp_path)
     with pytest.raises(ModelNotFound, match="name a model folder or a hub id"):
         find_model("lark")
+
+
+# Zonos: a speaker encoder of its own, and a checkpoint that may hold more than is read.
+
+
+@pytest.fixture
+def zonos(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    return make_zonos(tmp_path / "zonos", CONFIGS["transformer"])
+
+
+def save_small_speaker(folder: Path) -> Path:
+    """Files with the names and shapes of the real ones, which take no room on the disk."""
+    folder.mkdir(parents=True)
+    with torch.device("meta"):
+        shapes = {name: value.shape for name, value in SpeakerNet().state_dict().items()}
+    torch.save({name: torch.zeros(()).expand(shape) for name, shape in shapes.items()}, folder / SPEAKER_NAMES[0])
+    torch.save({"weight": torch.zeros(128, 256), "bias": torch.zeros(128)}, folder / SPEAKER_NAMES[1])
+    return folder
+
+
+def test_a_missing_speaker_encoder_is_said_once_with_the_command_that_gets_it(
+    zonos: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.WARNING)
+    with Engine.from_pretrained(zonos) as engine:
+        assert not engine.spec.embeds_voices
+        (said,) = [record.getMessage() for record in caplog.records if "no_speaker_encoder" in record.getMessage()]
+        assert engine.device_plan is not None and engine.device_plan.parts.speaker is None
+    assert f"hf download {ZONOS_SPEAKER} {' '.join(SPEAKER_NAMES)} --local-dir {zonos / 'speaker'}" in said
+    save_small_speaker(zonos / "speaker")
+    caplog.clear()
+    with Engine.from_pretrained(zonos) as engine:
+        assert engine.spec.embeds_voices and "no_speaker_encoder" not in caplog.text
+        assert engine.device_plan is not None and engine.device_plan.parts.speaker is not None
+
+
+def test_a_speaker_encoder_that_is_not_whole_is_refused_at_start(zonos: Path) -> None:
+    folder = zonos / "speaker"
+    folder.mkdir()
+    with pytest.raises(ModelLoadError, match=rf"{SPEAKER_NAMES[0]} does not exist.*hf download {ZONOS_SPEAKER}"):
+        Engine.from_pretrained(zonos)
+    folder.rmdir()
+    save_small_speaker(folder)
+    (folder / SPEAKER_NAMES[1]).rename(folder / "kept")
+    with pytest.raises(ModelLoadError, match=rf"{SPEAKER_NAMES[1]} does not exist"):
+        Engine.from_pretrained(zonos)
+    (folder / "kept").rename(folder / SPEAKER_NAMES[1])
+    Engine.from_pretrained(zonos).close()
+    whole = (folder / SPEAKER_NAMES[0]).read_bytes()
+    (folder / SPEAKER_NAMES[0]).write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ModelLoadError, match=rf"{SPEAKER_NAMES[0]} cannot be read"):
+        Engine.from_pretrained(zonos)
+
+
+@pytest.mark.parametrize("is_offloaded", [True, False])
+def test_the_speaker_encoder_runs_where_the_plan_says(
+    zonos: Path, monkeypatch: pytest.MonkeyPatch, is_offloaded: bool
+) -> None:
+    """There is no GPU here: one is named, and nothing is loaded on it."""
+    devices: list[torch.device] = []
+
+    class Stub:
+        def encode(self, voice: Voice) -> np.ndarray:
+            return np.zeros(128, np.float32)
+
+    def load(folder: Path, *, device: torch.device) -> Stub:
+        devices.append(device)
+        return Stub()
+
+    plan_device, load_model = engine_module._plan_device, engine_module.load_model
+
+    def planned(*arguments: Any) -> Any:
+        plan, config = plan_device(*arguments)
+        return replace(plan, is_speaker_offloaded=is_offloaded), config
+
+    def loaded(*arguments: Any, **keywords: Any) -> Any:
+        model, codec, recipe = load_model(*arguments, **keywords)
+        return model, codec, replace(recipe, device="cuda:7")
+
+    save_small_speaker(zonos / "speaker")
+    monkeypatch.setattr(SpeakerEncoder, "load", load)
+    monkeypatch.setattr(engine_module, "_plan_device", planned)
+    monkeypatch.setattr(engine_module, "load_model", loaded)
+    with Engine.from_pretrained(zonos) as engine:
+        assert engine.encode_voice(Voice("", reference_audio(seed=1), 16_000)).embedding is not None
+    assert devices == [torch.device("cpu" if is_offloaded else "cuda:7")]
+
+
+def test_a_zonos_of_the_hub_finds_the_speaker_encoder_that_was_pulled_with_it(zonos: Path, tmp_path: Path) -> None:
+    """It has no config.json, by which the cache knows other repositories, and is not pulled again."""
+    voice = FakeRepo.of_folder(save_small_speaker(tmp_path / "voice"))
+    repos = {"org/zonos": FakeRepo.of_folder(zonos), ZONOS_SPEAKER: voice}
+    repos[ZONOS_CODEC] = FakeRepo.of_folder(zonos / "codec")
+    with serve_hub(repos) as server:
+        hub = Hub(server.url, tmp_path / "cache")
+        found = find_model("org/zonos", hub=hub)
+        assert found.speaker_folder is not None
+        assert {path.name for path in found.speaker_folder.iterdir()} >= set(SPEAKER_NAMES)
+        server.requests.clear()
+        told: list[object] = []
+        assert find_model("org/zonos", lambda *progress: told.append(progress), hub=hub) == found
+        assert not server.downloads() and not told
+    (found.speaker_folder / SPEAKER_NAMES[1]).unlink()
+    assert find_model(str(zonos), hub=hub).speaker_folder is None
+
+
+def test_tensors_that_a_zonos_has_no_place_for_are_refused(zonos: Path) -> None:
+    path = zonos / "model.safetensors"
+    save_file(load_file(path) | {"backbone.layers.0.mixer.in_proj.bias": torch.zeros(128)}, path)
+    with pytest.raises(ModelLoadError, match=r"1 tensors.*'backbone\.layers\.0\.mixer\.in_proj\.bias'"):
+        Engine.from_pretrained(zonos)
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+@pytest.mark.parametrize("name", ["qkv_proj_bias", "out_proj_bias"])
+def test_a_zonos_whose_attention_has_biases_is_refused(tmp_path: Path, family: str, name: str) -> None:
+    folder = make_zonos(tmp_path / "zonos", CONFIGS[family])
+    path, config = folder / "config.json", json.loads((folder / "config.json").read_text())
+    config["backbone"]["attn_cfg"][name] = True
+    path.write_text(json.dumps(config))
+    with pytest.raises(ModelLoadError, match=f"attn_cfg.{name} True: this version serves False"):
+        Engine.from_pretrained(folder)
+
+
+def test_beside_a_model_of_16_bits_on_a_gpu_the_codec_decodes_in_float16() -> None:
+    gpu, cpu = torch.device("cuda"), torch.device("cpu")
+    assert codec_dtype(gpu, torch.bfloat16) == codec_dtype(gpu, torch.float16) == "float16"
+    assert codec_dtype(gpu, torch.float32) == codec_dtype(cpu, torch.float32) == codec_dtype(cpu, torch.bfloat16)
+    assert codec_dtype(cpu, torch.float16) == "float32"

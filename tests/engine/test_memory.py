@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import subprocess
+import sys
 import weakref
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
@@ -24,12 +26,13 @@ from declaim.engine.codec.base import Codec, CodecRecipe
 from declaim.engine.codec.load import load_codec
 from declaim.engine.config import EngineConfig
 from declaim.engine.errors import InvalidConfig, ModelLoadError, OutOfMemory
-from declaim.engine.loader import EMBEDDED_FOLDER, find_model, load_model
+from declaim.engine.loader import EMBEDDED_FOLDER, codec_dtype, find_model, load_model
 from declaim.engine.memory import (
     Device,
     DevicePlan,
     Load,
     MemoryPlan,
+    Use,
     available_bytes,
     imagined_gpu,
     plan_device,
@@ -42,16 +45,21 @@ from declaim.engine.parts import (
     DIA_1_6B,
     KNOWN_CONFIGS,
     SPARE_STATES,
+    ZONOS_HYBRID,
+    ZONOS_TRANSFORMER,
     Matrices,
     ModelParts,
+    Precision,
     dac_parts,
     describe_model,
     lark_codec_parts,
+    speaker_parts,
 )
 from declaim.engine.request import ResolvedSampling
 from declaim.engine.runner import Runner
 from declaim.engine.safetensors_io import read_json
 from declaim.engine.sequence import Playback, Prompt, Sequence, SequenceInput
+from declaim.engine.speaker import EMBEDDING_SIZE, NUM_MELS, SpeakerNet, _fold_norms
 from declaim.engine.spec import CacheSpec, CrossSpec, ModelSpec, StateSpec
 from declaim.engine.states import LayerState, StateSlots
 from declaim.engine.voices import MAX_REFERENCE_S
@@ -59,6 +67,7 @@ from declaim.kernels import attention, int4
 from declaim.kernels.matmul import split_of
 from tests.dia_checkpoints import SMALL, WIDE, DiaSize, make_dia
 from tests.fakes import FakeModel
+from tests.zonos_checkpoints import make_speaker
 
 WITH_CROSS = CacheSpec(3, 2, 8, cross=CrossSpec(2, 4, 16, max_positions=64, positions_per_row=0.15))
 WITH_STATE = CacheSpec(1, 2, 8, state=StateSpec(3, num_conv=3, conv_size=40, num_heads=2, head_dim=8, size=16))
@@ -381,6 +390,61 @@ def test_reference_audio_peaks_below_what_is_kept_for_it(dia_folder: Path) -> No
     assert kept / 3 < peak.peak <= kept
 
 
+@pytest.mark.parametrize("is_tiled", [True, False], ids=["cpu", "gpu"])
+def test_the_plan_counts_every_weight_of_the_speaker_encoder(is_tiled: bool) -> None:
+    with torch.device("meta"):
+        net, projection = SpeakerNet().eval(), torch.nn.Linear(EMBEDDING_SIZE, 128)
+    _fold_norms(net, is_tiled=is_tiled)
+    num_batches_seen = 8  # an integer of the attention's norm, which nothing reads
+    assert held_bytes([net, projection]) - num_batches_seen == 4 * speaker_parts().num_weights
+
+
+@pytest.mark.parametrize("is_tiled", [True, False], ids=["cpu", "gpu"])
+def test_the_speaker_encoder_peaks_below_what_is_kept_for_it(is_tiled: bool) -> None:
+    """With fewer blocks, which follow one another, in the stages of real size."""
+    seconds, parts = 8, speaker_parts()
+    net = SpeakerNet((2, 2, 1, 1)).eval().requires_grad_(False)
+    _fold_norms(net, is_tiled=is_tiled)
+    with torch.inference_mode(), PeakMemory() as peak:
+        net(torch.zeros(1, NUM_MELS, 100 * seconds + 1))
+    kept = 4 * seconds * parts.elements_per_s
+    assert kept / 3 < peak.peak <= kept
+    assert parts.encoding_bytes == 4 * (parts.num_weights + MAX_REFERENCE_S * parts.elements_per_s)
+
+
+SPEAKER_PEAK = """
+import re, sys
+from pathlib import Path
+import torch
+from declaim.engine.speaker import SpeakerEncoder
+
+def host_bytes(name):
+    return 1024 * int(re.search(name + r":\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
+
+torch.set_num_threads(1)
+torch.nn.functional.conv2d(torch.zeros(1, 8, 8, 8), torch.zeros(8, 8, 3, 3))
+before = host_bytes("VmRSS")
+Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts again from here
+encoder = SpeakerEncoder.load(Path(sys.argv[1]), device=torch.device("cpu"))
+after = host_bytes("VmRSS")
+encoder.encode_audio(torch.randn(16_000 * 2))
+print(after - before, host_bytes("VmHWM") - before)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="measures with Linux's /proc")
+def test_a_process_with_a_speaker_encoder_grows_by_no_more_than_is_kept_for_it(tmp_path: Path) -> None:
+    """As loaded, by its weights alone: nothing stays of what they were folded from."""
+    folder = make_speaker(tmp_path, seed=0)
+    done = subprocess.run(
+        [sys.executable, "-c", SPEAKER_PEAK, str(folder)], capture_output=True, text=True, timeout=120, check=True
+    )
+    loaded, peak = map(int, done.stdout.split())
+    parts = speaker_parts()
+    assert 0.95 * 4 * parts.num_weights <= loaded < 1.2 * 4 * parts.num_weights
+    assert peak <= parts.encoding_bytes
+
+
 def test_the_longest_text_peaks_below_what_is_kept_for_it(dia_folder: Path) -> None:
     model, _, _ = load_model(find_model(str(dia_folder)), EngineConfig(device="cpu").resolve())
     parts = parts_of(dia_folder)
@@ -452,6 +516,56 @@ def test_the_text_encoder_leaves_the_card_only_where_that_makes_room() -> None:
     assert "reference-audio encoder" in {use.name for use in here.weights}
 
 
+def zonos(family: str = "transformer") -> ModelParts:
+    config = ZONOS_TRANSFORMER if family == "transformer" else ZONOS_HYBRID
+    return describe_model(config, DAC_44KHZ, name=f"Zyphra/Zonos-v0.1-{family}")
+
+
+def test_the_speaker_encoder_is_on_the_gpu_where_it_fits_and_gives_way_before_anything_else() -> None:
+    parts = zonos()
+    assert parts.speaker is not None
+
+    def plan(memory_gb: float, offload: str = "auto", parts: ModelParts = parts) -> DevicePlan:
+        return plan_device(parts, imagined_gpu(memory_gb), load=Load(max_batch=8), dtype="bfloat16", offload=offload)
+
+    roomy = plan(24.0)
+    assert not roomy.is_speaker_offloaded and roomy.is_reference_offloaded
+    assert Use("speaker encoder", parts.speaker.encoding_bytes) in roomy.weights
+    # Enough for all that was asked but the speaker encoder: no stream and no window waits for it.
+    spare = roomy.memory.budget_bytes - roomy.used_bytes
+    full = (roomy.memory.budget_bytes - spare - roomy.memory.kv_bytes + needed_for_streams(roomy)) / 1e9
+    tight = plan(full - 0.1)
+    assert tight.is_speaker_offloaded and tight.num_running == 8 and tight.window_batch == roomy.window_batch
+    assert Use("speaker encoder", parts.speaker.encoding_bytes) in tight.offloaded
+    assert tight.memory.weight_bytes == roomy.memory.weight_bytes - parts.speaker.encoding_bytes
+    assert not plan(9.0, "none").is_speaker_offloaded
+    assert plan(4.2).is_speaker_offloaded and plan(4.2).num_running < 8
+    absent = plan(24.0, parts=replace(parts, speaker=None))
+    assert "speaker encoder" not in {use.name for use in (*absent.weights, *absent.offloaded)}
+
+
+def needed_for_streams(plan: DevicePlan) -> int:
+    """Bytes of cache for the streams that were asked for, and no more."""
+    num_blocks, num_cross = plan.stream_blocks
+    assert num_cross == 0
+    return plan.load.max_batch * num_blocks * plan.load.block_size * plan.parts.cache.bytes_per_position(2)
+
+
+def test_on_the_cpu_the_speaker_encoder_is_in_host_memory_like_all_that_encodes_reference_audio() -> None:
+    plan = plan_device(zonos(), Device("cpu", 16_000_000_000), load=Load())
+    assert plan.is_speaker_offloaded and plan.is_reference_offloaded
+    assert {use.name for use in plan.offloaded} == {"reference-audio encoder", "speaker encoder"}
+
+
+@pytest.mark.parametrize("kind", ["cpu", "cuda"])
+@pytest.mark.parametrize("precision", ["float32", "float16", "bfloat16", "int4"])
+def test_the_codec_is_planned_in_what_it_decodes_in(kind: Any, precision: Precision) -> None:
+    activations = torch.bfloat16 if precision == "int4" else getattr(torch, precision)
+    chosen: torch.dtype = getattr(torch, codec_dtype(torch.device(kind), activations))
+    assert chosen.itemsize == memory.codec_element_bytes(Device(kind, 1), precision)
+    assert chosen != torch.bfloat16
+
+
 def test_a_batch_that_cannot_have_two_seconds_each_is_capped() -> None:
     plan = plan_device(dia(), imagined_gpu(4.6), load=Load(max_batch=256), dtype="bfloat16")
     assert 1 < plan.max_batch < 256
@@ -484,15 +598,23 @@ def test_the_kv_blocks_take_the_bytes_that_the_runner_allocates(dia_folder: Path
     dtype=st.sampled_from(["auto", "float32", "float16", "bfloat16", "int4"]),
     offload=st.sampled_from(["auto", "none", "text"]),
     kind=st.sampled_from(["cpu", "cuda"]),
+    parts=st.sampled_from([dia(), zonos("transformer"), zonos("hybrid")]),
 )
 def test_a_plan_stays_within_its_budget_and_a_refusal_names_one_that_starts(
-    memory_gb: float, max_batch: int, stream_s: float, block_size: int, dtype: str, offload: str, kind: str
+    memory_gb: float,
+    max_batch: int,
+    stream_s: float,
+    block_size: int,
+    dtype: str,
+    offload: str,
+    kind: str,
+    parts: ModelParts,
 ) -> None:
     load = Load(max_batch=max_batch, stream_s=stream_s, block_size=block_size)
 
     def plan(memory_gb: float) -> DevicePlan:
         device = imagined_gpu(memory_gb) if kind == "cuda" else Device("cpu", int(memory_gb * 1e9))
-        return plan_device(dia(), device, load=load, dtype=dtype, offload=offload)
+        return plan_device(parts, device, load=load, dtype=dtype, offload=offload)
 
     try:
         made = plan(memory_gb)

@@ -1,4 +1,5 @@
-"""Reference audio: the resampler against ideal tones and scipy, bad input, files, and encoding a voice."""
+"""Reference audio: the resampler against ideal tones and scipy, bad input, files, and encoding a voice; how the speaker
+encoder computes, and what else a text in a voice needs."""
 
 from __future__ import annotations
 
@@ -10,16 +11,23 @@ from pathlib import Path
 import numpy as np
 import pytest
 import soundfile
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from scipy import signal
 
+from declaim.engine import Engine, EngineConfig, SamplingParams, SpeechRequest
 from declaim.engine.codec.base import CodecRecipe
 from declaim.engine.codec.load import load_codec
 from declaim.engine.errors import InvalidRequest, ModelLoadError
+from declaim.engine.espeak import EspeakPhonemizer
 from declaim.engine.request import Voice
+from declaim.engine.speaker import EMBEDDING_SIZE, NUM_MELS, SpeakerEncoder, SpeakerNet, _fold_norms
+from declaim.engine.tiled_conv import TiledConv
+from declaim.engine.vocoder.inline import InlineVocoder
 from declaim.engine.voices import encode_voice, prepare_reference, read_audio_bytes, resample
+from tests.fakes import FakeCodec, FakeModel
 
 RATE = 24_000
 ASSETS = Path(__file__).parents[2] / "engine" / "assets"
@@ -269,8 +277,6 @@ def test_encoding_a_voice_resamples_and_puts_frames_first() -> None:
     assert codes.dtype == np.int32
     assert codes.flags.c_contiguous
     assert codes.shape == (38, codec.spec.num_codebooks)
-    import torch
-
     resampled = prepare_reference(audio, 44_100, target_rate_hz=RATE)
     np.testing.assert_array_equal(codes, codec.encode(torch.from_numpy(resampled)).t().numpy())
 
@@ -292,3 +298,66 @@ def test_the_checks_import_no_torch_themselves_and_no_soundfile_or_scipy_at_all(
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
     assert (done.stdout.strip(), done.stderr) == ("[] False", "")
+
+
+# The speaker encoder.
+
+
+@pytest.mark.parametrize("is_tiled", [True, False], ids=["cpu", "gpu"])
+def test_folding_the_norms_and_working_in_place_changes_no_embedding(is_tiled: bool) -> None:
+    torch.manual_seed(1)
+    net = SpeakerNet((2, 2, 1, 1), channels=16).requires_grad_(False)
+    mel = torch.randn(1, NUM_MELS, 203)
+    for _ in range(3):
+        net.train()(mel)  # the norms' statistics are those of something
+    mel, expected = mel * 0.8, net.eval()(mel * 0.8)
+    _fold_norms(net, is_tiled=is_tiled)
+    assert not any(isinstance(module, torch.nn.BatchNorm2d) for module in net.modules())
+    assert any(isinstance(module, TiledConv) for module in net.modules()) == is_tiled
+    with torch.inference_mode():
+        torch.testing.assert_close(net(mel), expected, rtol=0, atol=2e-5 * float(expected.abs().max()))
+
+
+def test_a_gpu_rounds_nothing_to_ten_bits_while_a_voice_is_encoded() -> None:
+    net = SpeakerNet((1, 1, 1, 1), channels=8).eval()
+    seen: list[bool] = []
+    net.register_forward_hook(lambda *_: seen.append(torch.backends.cudnn.allow_tf32))
+    before = torch.backends.cudnn.allow_tf32
+    SpeakerEncoder(net, torch.nn.Linear(EMBEDDING_SIZE, 128)).encode(Voice("", _noise(RATE), RATE))
+    assert seen == [False] and torch.backends.cudnn.allow_tf32 == before
+
+
+def test_a_voice_known_by_its_embedding_alone_is_not_encoded_to_frames() -> None:
+    net = SpeakerNet((1, 1, 1, 1), channels=8).eval()
+    loaded: list[FakeCodec] = []
+
+    def load_encoder() -> FakeCodec:
+        loaded.append(FakeCodec())
+        return loaded[-1]
+
+    with Engine(
+        FakeModel(),
+        EngineConfig(device="cpu", num_blocks=64).resolve(),
+        make_vocoder=lambda wake: InlineVocoder(FakeCodec(), wake=wake),
+        model_name="fake",
+        load_encoder=load_encoder,
+        load_speaker=lambda: SpeakerEncoder(net, torch.nn.Linear(EMBEDDING_SIZE, 128)),
+    ) as engine:
+        audio = _noise(2 * RATE)
+        alone = engine.encode_voice(Voice("", audio, RATE))
+        assert not loaded and alone.codes.shape == (0, 3) and alone.embedding is not None
+        told = engine.encode_voice(Voice("hm", audio, RATE))
+        assert len(loaded) == 1 and len(told.codes) == 20 and told.embedding is not None
+        np.testing.assert_array_equal(told.embedding, alone.embedding)
+        (result,) = engine.generate(
+            [SpeechRequest("a", voice=alone, sampling=SamplingParams(max_seconds=0.5))], progress=False
+        )
+        assert result.error is None
+
+
+@pytest.mark.parametrize("text", ["", " ", "\n"])
+@pytest.mark.parametrize("language", ["en-us", "ja"])
+def test_no_text_has_no_phonemes(text: str, language: str) -> None:
+    for package in ("phonemizer", "espeakng_loader", "sudachipy", "kanjize"):
+        pytest.importorskip(package)
+    assert EspeakPhonemizer(punctuation=".")(text, language) == ""
