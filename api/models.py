@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from declaim.engine.integrity import Verdict
 
 EMBEDDED_NAME = "lark"
-FAMILIES = {"dia": "dia", "lark": "lark", "dac": "dac (codec)"}
 PARTS_AFTER_THE_MODEL = ("codec", "speaker encoder")  # as the loader lists a model's repositories
 _ELEMENT_BITS = {"F64": 64, "F32": 32, "F16": 16, "BF16": 16, "I64": 64, "I32": 32, "U32": 32, "I8": 8, "U8": 8}
 _PRECISIONS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
@@ -209,11 +208,11 @@ def _family(folder: Path) -> str | None:
         config = json.loads((folder / "config.json").read_bytes())
     except (OSError, ValueError):
         return None
-    from declaim.engine.parts import is_zonos
+    from declaim.engine.parts import family_of
 
     if not isinstance(config, dict):
         return None
-    return "zonos" if is_zonos(config) else FAMILIES.get(str(config.get("model_type")))
+    return "dac (codec)" if config.get("model_type") == "dac" else family_of(config)
 
 
 def _precision(folder: Path) -> str:

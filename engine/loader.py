@@ -17,7 +17,7 @@ from declaim.engine.errors import ModelLoadError, ModelNotFound
 from declaim.engine.hub import Hub, HubRepo, HubUnreachable
 from declaim.engine.integrity import half_written
 from declaim.engine.models.base import SpeechModel
-from declaim.engine.parts import is_zonos
+from declaim.engine.parts import Family, family_of
 from declaim.engine.progress import Progress, ignore_progress
 from declaim.engine.safetensors_io import freed_at_once, read_json
 from declaim.engine.speaker import ENCODER_NAME, PROJECTION_NAME, SpeakerEncoder, fetch_command
@@ -33,9 +33,6 @@ NAMING_FILES = ("config.json", "processor_config.json", "audio_tokenizer_config.
 ZONOS_CODEC = "descript/dac_44khz"  # a Zonos names none: all of them have this one
 SPEAKER_NAMES = (ENCODER_NAME, PROJECTION_NAME)
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pth", ".pt", ".ckpt", ".gguf")
-
-
-Family = Literal["dia", "lark", "zonos"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,16 +111,12 @@ def check_speaker(files: ModelFiles) -> None:
 def read_family(folder: Path) -> Family:
     """The family that a model folder's config.json names. Raises: ModelLoadError where it is not served."""
     config = read_json(folder / "config.json")
-    family = config.get("model_type")
-    if family == "dia":
-        return "dia"
-    if family == "lark":
-        return "lark"
-    if is_zonos(config):
-        return "zonos"
+    family = family_of(config)
+    if family is not None:
+        return family
     raise ModelLoadError(
-        f"{folder}/config.json says model_type {family!r}: this version serves dia and lark, and Zonos as Zyphra"
-        " publishes it"
+        f"{folder}/config.json says model_type {config.get('model_type')!r}: this version serves dia and lark, and Zonos"
+        " as Zyphra publishes it"
     )
 
 

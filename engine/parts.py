@@ -16,6 +16,7 @@ from declaim.engine.errors import InvalidConfig, ModelLoadError
 from declaim.engine.spec import CacheSpec, CrossSpec, StateSpec
 
 Precision = Literal["float32", "float16", "bfloat16", "int4"]
+Family = Literal["dia", "lark", "zonos"]
 
 # Of everything but int4's weights: activations, caches, embeddings, heads, norms.
 ELEMENT_BYTES: Mapping[str, int] = {"float32": 4, "float16": 2, "bfloat16": 2, "int4": 2}
@@ -299,25 +300,32 @@ class ModelParts:
 
 def describe_model(config: Mapping[str, Any], codec_config: Mapping[str, Any], *, name: str) -> ModelParts:
     """What the two config.json of a model and its codec say. Raises: ModelLoadError."""
-    family = config.get("model_type")
     try:
-        if family == "dia":
-            return dia_parts(config, codec_config, name=name)
-        if family == "lark":
-            return lark_parts(config, codec_config, name=name)
-        if is_zonos(config):
-            return zonos_parts(config, codec_config, name=name)
+        match family_of(config):
+            case "dia":
+                return dia_parts(config, codec_config, name=name)
+            case "lark":
+                return lark_parts(config, codec_config, name=name)
+            case "zonos":
+                return zonos_parts(config, codec_config, name=name)
     except KeyError as missing:
         raise ModelLoadError(f"the config of {name} has no key {missing}: copy the checkpoint again") from missing
     raise ModelLoadError(
-        f"the config of {name} says model_type {family!r}: this version serves dia and lark, and Zonos as Zyphra"
-        " publishes it"
+        f"the config of {name} says model_type {config.get('model_type')!r}: this version serves dia and lark, and Zonos"
+        " as Zyphra publishes it"
     )
 
 
-def is_zonos(config: Mapping[str, Any]) -> bool:
-    """Whether this is a Zonos' config.json, which names no model type."""
-    return "model_type" not in config and {"backbone", "prefix_conditioner"} <= set(config)
+def family_of(config: Mapping[str, Any]) -> Family | None:
+    """The family whose config.json this is, None if it is nobody's that is served. Zonos' names no model type."""
+    match config.get("model_type"):
+        case "dia":
+            return "dia"
+        case "lark":
+            return "lark"
+        case None if {"backbone", "prefix_conditioner"} <= set(config):
+            return "zonos"
+    return None
 
 
 def check_precision(precision: str) -> None:
