@@ -17,7 +17,7 @@ from declaim.engine.errors import ModelLoadError, ModelNotFound
 from declaim.engine.hub import Hub, HubRepo, HubUnreachable
 from declaim.engine.integrity import half_written
 from declaim.engine.models.base import SpeechModel
-from declaim.engine.parts import Family, family_of
+from declaim.engine.parts import Family, family_of, unserved
 from declaim.engine.progress import Progress, ignore_progress
 from declaim.engine.safetensors_io import freed_at_once, read_json
 from declaim.engine.speaker import ENCODER_NAME, PROJECTION_NAME, SpeakerEncoder, fetch_command
@@ -114,10 +114,7 @@ def read_family(folder: Path) -> Family:
     family = family_of(config)
     if family is not None:
         return family
-    raise ModelLoadError(
-        f"{folder}/config.json says model_type {config.get('model_type')!r}: this version serves dia and lark, and Zonos"
-        " as Zyphra publishes it"
-    )
+    raise unserved(config, name=str(folder))
 
 
 def resolve_parts(repo_id: str, hub: Hub, *, everything: bool = False) -> tuple[HubRepo, ...]:

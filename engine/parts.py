@@ -310,10 +310,7 @@ def describe_model(config: Mapping[str, Any], codec_config: Mapping[str, Any], *
                 return zonos_parts(config, codec_config, name=name)
     except KeyError as missing:
         raise ModelLoadError(f"the config of {name} has no key {missing}: copy the checkpoint again") from missing
-    raise ModelLoadError(
-        f"the config of {name} says model_type {config.get('model_type')!r}: this version serves dia and lark, and Zonos"
-        " as Zyphra publishes it"
-    )
+    raise unserved(config, name=name)
 
 
 def family_of(config: Mapping[str, Any]) -> Family | None:
@@ -326,6 +323,14 @@ def family_of(config: Mapping[str, Any]) -> Family | None:
         case None if {"backbone", "prefix_conditioner"} <= set(config):
             return "zonos"
     return None
+
+
+def unserved(config: Mapping[str, Any], *, name: str) -> ModelLoadError:
+    """What to raise for a config.json of no family that is served."""
+    return ModelLoadError(
+        f"the config of {name} says model_type {config.get('model_type')!r}: this version serves dia and lark, and"
+        " Zonos as Zyphra publishes it"
+    )
 
 
 def check_precision(precision: str) -> None:
