@@ -33,7 +33,7 @@ BATCH_BUCKETS = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 WINDOW_BATCHES = (4, 2, 1)  # codec windows decoded in one call, as many as there is room for
 SHORT_STREAM_S = 2.0  # no more sequences run together than blocks could hold so much of each
 
-KEPT_PRIMITIVES = 128  # programs of oneDNN; with 1024 a window of a shape met before takes as long (LOG.md)
+KEPT_PRIMITIVES = 160  # programs of oneDNN: for every number of rows of the embedded voice, and windows (LOG.md)
 OLDEST_GPU = (7, 5)  # compute capability of the oldest that Triton compiles for and tests/aot checks
 
 # Allowances, each an upper bound to be compared with a card; none follows from a config.

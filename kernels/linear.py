@@ -26,7 +26,10 @@ from declaim.kernels.row_counts import TILE_ROWS, equal_counts, takes_pairs
 ONEDNN_MIN_WEIGHTS = 700_000
 ONEDNN_MIN_WEIGHTS_PADDED = 64_000  # where the GEMM computes rows that nobody asked for
 _ONEDNN_ROWS_HINT = 16  # the batch the layout is chosen for; any batch may use it
-_ONEDNN_FEWEST_ROWS = 4  # two, those of a guided sequence, take half as long again as four
+# The numbers of rows that oneDNN is given: it compiles half a megabyte for each, in a millisecond, so there are few,
+# and none is first met in the middle of a stream. Two rows, those of a guided sequence, would take longer than four.
+_ONEDNN_ROWS = (4, 6, 8, 10, 12, 16, 20, 24, 32, 40, 48, 64)
+_compiled: set[tuple[int, int, bool, int]] = set()  # a layer's in, out and whether it has a bias; threads
 _GPU_OUT_MULTIPLE = 16  # rows of the weight then begin at 32 bytes, and are read 16 bytes at a time
 
 
@@ -92,12 +95,23 @@ def _fits_onednn(weight: torch.Tensor) -> bool:
 
 
 def _matmul_onednn(x: torch.Tensor, weight: torch.Tensor, layer: Linear) -> torch.Tensor:
-    num_rows = x.shape[0]
+    num_rows, num_in = x.shape
     if num_rows == 0:
         return x.new_empty(0, layer.num_out)
-    rows = F.pad(x, (0, 0, 0, _ONEDNN_FEWEST_ROWS - num_rows)) if num_rows < _ONEDNN_FEWEST_ROWS else x
-    y: torch.Tensor = torch.ops.mkldnn._linear_pointwise(rows, weight, layer.bias, "none", [], "")
-    return y[:num_rows]
+    if num_rows > _ONEDNN_ROWS[-1]:
+        return torch.cat([_matmul_onednn(part, weight, layer) for part in x.split(_ONEDNN_ROWS[-1])])
+
+    def multiply(rows: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = torch.ops.mkldnn._linear_pointwise(rows, weight, layer.bias, "none", [], "")
+        return y
+
+    shape = (num_in, layer.num_out, layer.bias is not None, torch.get_num_threads())
+    if shape not in _compiled:
+        _compiled.add(shape)
+        for count in _ONEDNN_ROWS:
+            multiply(x.new_zeros(count, num_in))
+    count = next(c for c in _ONEDNN_ROWS if c >= num_rows)
+    return multiply(F.pad(x, (0, 0, 0, count - num_rows)) if num_rows < count else x)[:num_rows]
 
 
 def _matmul_by_tiles(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
