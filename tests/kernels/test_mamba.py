@@ -18,6 +18,7 @@ from declaim.kernels.mamba import (
     state_scan,
     state_scan_reference,
 )
+from tests.state_plans import plan_of
 
 HEADS, DIM, SIZE, WIDTH = 6, 8, 16, 4
 INNER, CHANNELS = HEADS * DIM, HEADS * DIM + 2 * SIZE
@@ -25,19 +26,6 @@ INNER, CHANNELS = HEADS * DIM, HEADS * DIM + 2 * SIZE
 
 def random(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
-def plan_of(counts: list[int], slots: list[int], is_new: list[bool], num_blocked: list[int] | None = None) -> StatePlan:
-    starts = torch.tensor([0, *counts]).cumsum(0).to(torch.int32)
-    blocked = torch.tensor(num_blocked or [0] * len(counts), dtype=torch.int32)
-    return StatePlan(
-        starts,
-        torch.tensor(slots),
-        torch.tensor(is_new),
-        blocked,
-        has_new=any(is_new),
-        has_blocks=bool(blocked.any()),
-    )
 
 
 def layer(dtype: torch.dtype) -> dict[str, torch.Tensor]:

@@ -14,11 +14,12 @@ from declaim.kernels.attention import paged_attention, plan_attention
 from declaim.kernels.codebooks import codebook_embedding
 from declaim.kernels.int4 import Int4Weight, quantize_weight, w4a16_matmul
 from declaim.kernels.kv_cache import write_cache
-from declaim.kernels.mamba import StatePlan, causal_conv, gated_rms_norm, state_scan
+from declaim.kernels.mamba import causal_conv, gated_rms_norm, state_scan
 from declaim.kernels.matmul import matmul
 from declaim.kernels.norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm
 from declaim.kernels.rope import apply_rotary, rotary_and_cache, rotary_table
 from declaim.kernels.sample import SampleParams, guided_sample
+from tests.state_plans import plan_of
 from tests.triton.guards import CPU, guard_allocations, random
 
 NUM_ROWS = 65
@@ -145,15 +146,7 @@ def _recurrence() -> Compute:
     def compute(rows: list[int]) -> torch.Tensor:
         conv = random(NUM_ROWS, width - 1, channels, seed=7)
         ssm = random(NUM_ROWS, heads, head_dim, size, seed=8)
-        starts = torch.tensor([0, *(counts[i] for i in rows)]).cumsum(0).to(torch.int32)
-        plan = StatePlan(
-            starts,
-            torch.tensor(rows),
-            torch.tensor([i % 5 == 1 for i in rows]),
-            torch.tensor([blocked[i] for i in rows], dtype=torch.int32),
-            has_new=True,
-            has_blocks=ROW in rows,
-        )
+        plan = plan_of([counts[i] for i in rows], rows, [i % 5 == 1 for i in rows], [blocked[i] for i in rows])
         x, steps = (torch.cat([values[i, : counts[i]] for i in rows]) for values in (xbc, dt))
         y = state_scan(causal_conv(x, taps, bias, conv, plan), steps, *numbers, ssm, plan)
         return torch.cat([y[plan.query_start[1:].long() - 1], conv[rows].flatten(1), ssm[rows].flatten(1)], 1)

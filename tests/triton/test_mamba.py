@@ -19,6 +19,7 @@ from declaim.kernels.mamba import (
     state_scan,
     state_scan_reference,
 )
+from tests.state_plans import plan_of
 from tests.triton.guards import guard_allocations, random, strided
 
 HEADS, WIDTH = 3, 4
@@ -29,19 +30,6 @@ TOLERANCE = {torch.float32: (1e-5, 1e-5), torch.float16: (4e-3, 4e-3), torch.bfl
 @pytest.fixture(autouse=True)
 def guarded_empty(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     yield from guard_allocations(monkeypatch)
-
-
-def plan_of(counts: list[int], slots: list[int], is_new: list[bool], num_blocked: list[int] | None = None) -> StatePlan:
-    starts = torch.tensor([0, *counts]).cumsum(0).to(torch.int32)
-    blocked = torch.tensor(num_blocked or [0] * len(counts), dtype=torch.int32)
-    return StatePlan(
-        starts,
-        torch.tensor(slots),
-        torch.tensor(is_new),
-        blocked,
-        has_new=any(is_new),
-        has_blocks=bool(blocked.any()),
-    )
 
 
 def state_of(plan: StatePlan, num_slots: int, *shape: int, seed: int, dtype: torch.dtype) -> torch.Tensor:
