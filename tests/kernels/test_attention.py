@@ -242,6 +242,41 @@ def test_queries_with_as_much_to_read_have_the_same_bits_together_and_alone(
         torch.set_num_threads(before)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("num_kv_heads", "group", "head_dim"), [(1, 5, 64), (1, 8, 64), (16, 1, 128)])
+def test_numbers_of_16_bits_keep_theirs_too_with_two_threads(
+    dtype: torch.dtype, num_kv_heads: int, group: int, head_dim: int
+) -> None:
+    """Of hundreds of lengths, for one of a thousand is what goes wrong where it does."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        tables = [list(range(first, first + 20)) for first in (0, 20, 40)]
+        k_cache, v_cache = (
+            allocate_cache(60, num_kv_heads, block_size=16, head_dim=head_dim, dtype=dtype, device=CPU)
+            for _ in range(2)
+        )
+        for seed, cache in enumerate((k_cache, v_cache)):
+            cache.copy_(torch.randn(cache.shape, generator=torch.Generator().manual_seed(seed)))
+        for length in range(1, 301):
+            q = queries(3, num_kv_heads * group, head_dim, seed=length).to(dtype)
+
+            def run(rows: list[int]) -> torch.Tensor:
+                plan = plan_attention(
+                    [tables[i] for i in rows],
+                    [1] * len(rows),
+                    context_lens=[length] * len(rows),  # noqa: B023
+                    block_size=16,
+                    causal=True,
+                    device=CPU,
+                )
+                return paged_attention(q[rows], k_cache, v_cache, plan, scale=0.125)  # noqa: B023
+
+            assert torch.equal(run([0, 1, 2]), torch.cat([run([i]) for i in range(3)])), length
+    finally:
+        torch.set_num_threads(before)
+
+
 @pytest.mark.parametrize("num_kv_heads", [1, 16])
 def test_queries_with_as_much_to_read_share_few_calls(num_kv_heads: int) -> None:
     """Short ones are copied, long ones are one view where they begin equally far apart, and nothing else is."""
