@@ -208,7 +208,7 @@ def bound_primitive_cache() -> None:
     """Keep few of the programs that oneDNN, the CPU's arithmetic, compiles for every shape that it meets.
 
     Audio ends after any number of frames, so its last windows have any length: by itself oneDNN keeps 1024 programs of
-    some 100 KB each. Has no effect once oneDNN was used, nor where whoever started the process has chosen a number.
+    100 to 600 KB each. Has no effect once oneDNN was used, nor where whoever started the process has chosen a number.
     """
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", str(KEPT_PRIMITIVES))
 
