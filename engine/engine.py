@@ -87,6 +87,7 @@ from declaim.engine.vocoder.base import Vocoder, Wake, WorkerPool
 from declaim.engine.vocoder.inline import InlineVocoder
 from declaim.engine.words import Segment
 from declaim.kernels import backend
+from declaim.kernels.linear import compile_ahead
 from declaim.kernels.threads import one_thread
 
 log = logging.getLogger(__name__)
@@ -602,6 +603,8 @@ class Engine:
         try:
             while not self._is_closing:
                 if not (self._scheduler.num_running or self._scheduler.num_waiting or self._in_flight):
+                    while not self._is_closing and compile_ahead():
+                        pass
                     self._awake.wait()
                 self._awake.clear()
                 began = time.monotonic()

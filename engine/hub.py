@@ -129,16 +129,19 @@ class Hub:
 
     # What the cache has.
 
-    def cached_folder(self, repo_id: str) -> Path | None:
-        """The newest snapshot whose pull was finished, without asking the hub; None if there is none."""
+    def cached_folder(self, repo_id: str, *, holding: Sequence[str] = ("config.json",)) -> Path | None:
+        """The newest snapshot whose pull was finished, without asking the hub; None if there is none, or without one
+        of the files `holding`."""
         from huggingface_hub import try_to_load_from_cache
         from huggingface_hub.errors import HFValidationError
 
         try:
-            found = try_to_load_from_cache(repo_id, "config.json", cache_dir=self.cache)
+            found = [try_to_load_from_cache(repo_id, name, cache_dir=self.cache) for name in holding]
         except HFValidationError:
             return None
-        return Path(found).parent if isinstance(found, str) else None
+        if not found or not all(isinstance(path, str) for path in found):
+            return None
+        return Path(str(found[0])).parents[holding[0].count("/")]
 
     def folder(self, repo: HubRepo) -> Path:
         """Where a repository's snapshot is, or would be."""
@@ -147,10 +150,8 @@ class Hub:
     def is_complete(self, repo: HubRepo) -> bool:
         """Whether the newest snapshot in the cache is this one, with every wanted file at its size."""
         folder = self.folder(repo)
-        paths = ((folder / file.path, file.size) for file in repo.files)
-        return self.cached_folder(repo.repo_id) == folder and all(
-            path.is_file() and path.stat().st_size == size for path, size in paths
-        )
+        newest = self.cached_folder(repo.repo_id, holding=[file.path for file in repo.files])
+        return newest == folder and all((folder / file.path).stat().st_size == file.size for file in repo.files)
 
     def missing(self, repo: HubRepo) -> list[HubFile]:
         """The wanted files that the cache lacks, or has at another size."""

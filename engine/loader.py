@@ -85,7 +85,7 @@ def find_model(name: str, progress: Progress = ignore_progress, *, hub: Hub | No
 def find_speaker(folder: Path, hub: Hub) -> Path | None:
     """Where the speaker encoder of a Zonos lies: `speaker/` beside it, or what was pulled with one; None if nowhere."""
     beside = folder / "speaker"
-    return beside if beside.is_dir() else _cached_speaker(hub)
+    return beside if beside.is_dir() else hub.cached_folder(ZONOS_SPEAKER, holding=SPEAKER_NAMES)
 
 
 def check_speaker(files: ModelFiles) -> None:
@@ -224,7 +224,7 @@ def _fetch(repo_id: str, hub: Hub, progress: Progress) -> Path:
             raise
         log.warning("event=hub_unreachable model=%s error=%r: the cached copy is used", repo_id, str(error))
         return folder
-    if all(_is_complete(repo, hub) for repo in repos):
+    if all(hub.is_complete(repo) for repo in repos):
         return hub.folder(repos[0])
     for repo in repos:
         fetched = sum(file.size for file in hub.missing(repo))
@@ -260,22 +260,6 @@ def _wanted(repo: HubRepo, hub: Hub) -> HubRepo:
             " saves them, for example nari-labs/Dia-1.6B-0626"
         )
     return repo.only(wanted | weights)
-
-
-def _is_complete(repo: HubRepo, hub: Hub) -> bool:
-    if repo.repo_id == ZONOS_SPEAKER:
-        return _cached_speaker(hub) == hub.folder(repo) and not hub.missing(repo)
-    return hub.is_complete(repo)
-
-
-def _cached_speaker(hub: Hub) -> Path | None:
-    """The newest snapshot of the speaker encoder that has both files. The hub knows models by a config.json; it has
-    none."""
-    from huggingface_hub import try_to_load_from_cache
-
-    found = [try_to_load_from_cache(ZONOS_SPEAKER, name, cache_dir=hub.cache) for name in SPEAKER_NAMES]
-    paths = [Path(path) for path in found if isinstance(path, str)]
-    return paths[0].parent if len(paths) == len(SPEAKER_NAMES) else None
 
 
 def _dac_folder(folder: Path, family: Family, *, has_codec_folder: bool | None = None) -> Path | str:

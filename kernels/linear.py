@@ -12,7 +12,9 @@ rows, and 16 or 32 rows take twice as long; see benchmarks/LOG.md.
 
 from __future__ import annotations
 
+import weakref
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -26,11 +28,23 @@ from declaim.kernels.row_counts import TILE_ROWS, equal_counts, takes_pairs
 ONEDNN_MIN_WEIGHTS = 700_000
 ONEDNN_MIN_WEIGHTS_PADDED = 64_000  # where the GEMM computes rows that nobody asked for
 _ONEDNN_ROWS_HINT = 16  # the batch the layout is chosen for; any batch may use it
-# The numbers of rows that oneDNN is given: it compiles half a megabyte for each, in a millisecond, so there are few,
-# and none is first met in the middle of a stream. Two rows, those of a guided sequence, would take longer than four.
+# The numbers of rows that oneDNN is given: it compiles half a megabyte for each, in a millisecond, so there are few.
+# Two rows, those of a guided sequence, would take longer than four.
 _ONEDNN_ROWS = (4, 6, 8, 10, 12, 16, 20, 24, 32, 40, 48, 64)
-_compiled: set[tuple[int, int, bool, int]] = set()  # a layer's in, out and whether it has a bias; threads
 _GPU_OUT_MULTIPLE = 16  # rows of the weight then begin at 32 bytes, and are read 16 bytes at a time
+
+
+class _Shape(NamedTuple):
+    """What oneDNN compiles for, but for the number of rows."""
+
+    num_in: int
+    num_out: int
+    has_bias: bool
+    num_threads: int
+
+
+# Those that were computed, with a layer's weight until `compile_ahead` has had it, and then None.
+_met: dict[_Shape, weakref.ref[torch.Tensor] | None] = {}
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -84,6 +98,26 @@ def gated_linear(x: torch.Tensor, layer: Linear) -> torch.Tensor:
     return silu_and_mul(linear(x, layer))
 
 
+def compile_ahead() -> bool:
+    """Have oneDNN compile one layer that was computed with as many threads as this one has, for every number of rows
+    that it may be given: else the programs of a new number are made, and memory for them taken, in the middle of a
+    stream. For a moment with nothing else to do. Returns whether there was such a layer.
+    """
+    for shape, ref in list(_met.items()):
+        if ref is None or shape.num_threads != torch.get_num_threads():
+            continue
+        weight = ref()
+        if weight is None:  # its model is gone; another may have such a layer
+            del _met[shape]
+            continue
+        _met[shape] = None
+        bias = torch.zeros(shape.num_out) if shape.has_bias else None
+        for count in _ONEDNN_ROWS:
+            _multiply(torch.zeros(count, shape.num_in), weight, bias)
+        return True
+    return False
+
+
 def _fits_onednn(weight: torch.Tensor) -> bool:
     """Whether oneDNN's product is there for a weight, and worth its call."""
     # These two operations are what torch's own compiler calls for a frozen linear layer.
@@ -101,17 +135,16 @@ def _matmul_onednn(x: torch.Tensor, weight: torch.Tensor, layer: Linear) -> torc
     if num_rows > _ONEDNN_ROWS[-1]:
         return torch.cat([_matmul_onednn(part, weight, layer) for part in x.split(_ONEDNN_ROWS[-1])])
 
-    def multiply(rows: torch.Tensor) -> torch.Tensor:
-        y: torch.Tensor = torch.ops.mkldnn._linear_pointwise(rows, weight, layer.bias, "none", [], "")
-        return y
-
-    shape = (num_in, layer.num_out, layer.bias is not None, torch.get_num_threads())
-    if shape not in _compiled:
-        _compiled.add(shape)
-        for count in _ONEDNN_ROWS:
-            multiply(x.new_zeros(count, num_in))
+    shape = _Shape(num_in, layer.num_out, layer.bias is not None, torch.get_num_threads())
+    if shape not in _met:
+        _met[shape] = weakref.ref(weight)
     count = next(c for c in _ONEDNN_ROWS if c >= num_rows)
-    return multiply(F.pad(x, (0, 0, 0, count - num_rows)) if num_rows < count else x)[:num_rows]
+    return _multiply(F.pad(x, (0, 0, 0, count - num_rows)) if num_rows < count else x, weight, layer.bias)[:num_rows]
+
+
+def _multiply(rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    y: torch.Tensor = torch.ops.mkldnn._linear_pointwise(rows, weight, bias, "none", [], "")
+    return y
 
 
 def _matmul_by_tiles(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:

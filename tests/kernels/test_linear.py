@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from declaim.kernels.activation import silu_and_mul
-from declaim.kernels.linear import linear, pack_linear
+from declaim.kernels.linear import compile_ahead, linear, pack_linear
 
 ODD = [(i, o) for i in (1, 7, 48, 80, 129, 513) for o in (1, 2, 3, 16, 112, 257, 1028)]
 LARK_TEXT = [(256, 768), (256, 256), (256, 1536), (768, 256), (256, 1), (258, 320)]
@@ -68,6 +68,27 @@ def test_a_residual_is_added_to_the_product(num_rows: int, num_in: int, num_out:
     layer = pack_linear(random(num_out, num_in), bias=random(num_out, seed=1))
     x, residual = random(num_rows, num_in, seed=2), random(num_rows, num_out, seed=3)
     assert torch.equal(linear(x, layer, residual=residual), residual + linear(x, layer))
+
+
+def test_each_shape_of_layer_that_was_computed_is_compiled_ahead_once(num_threads: int) -> None:
+    """What models of before left over comes first, and what is no more is passed over."""
+    while compile_ahead():
+        pass
+    layers = [pack_linear(random(num_out, 1500), bias=bias) for num_out, bias in ((1501, None), (1502, random(1502)))]
+    assert all(layer.is_packed for layer in layers)
+    assert not compile_ahead()
+    for layer in (*layers, pack_linear(random(1501, 1500))):
+        linear(random(3, 1500), layer)
+    for _ in layers:
+        assert compile_ahead()
+    assert not compile_ahead()
+    gone = pack_linear(random(1503, 1500))
+    linear(random(3, 1500), gone)
+    torch.set_num_threads(3)
+    assert not compile_ahead()
+    torch.set_num_threads(num_threads)
+    del gone
+    assert not compile_ahead()
 
 
 def test_no_rows_give_no_rows() -> None:
